@@ -1,0 +1,639 @@
+"""The schedule: a YAML file that says what is learned when, on what, and how.
+
+``load_schedule`` checks the whole file and the folders it names and reports every problem at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nnunet_cil.labels import check_regions
+
+METHOD_DEFAULTS: Mapping[str, Any] = {
+    "lambda_pgcd": 1.0,
+    "lambda_dapd": 0.01,
+    "eta": 0.01,
+    "w_max": 3.0,
+    "mu": 0.99,
+    "n_min": 10,
+    "tau_old": 0.5,
+    "tau_background": 0.7,
+    "pseudo_labels": "offline",
+    "pseudo_label_mirroring": False,
+    "old_prototypes": "reextract",
+    "background_features": "teacher",
+    "class_balance": False,
+    "class_balance_max": 5.0,
+    "scale_by_classes": False,
+}
+METHOD_CHOICES = {
+    "pseudo_labels": ("offline", "online", "off"),
+    "old_prototypes": ("reextract", "transport"),
+    "background_features": ("teacher", "student"),
+}
+CONFIGURATIONS = ("2d", "3d_lowres", "3d_fullres")
+INTENSITY_MODES = ("step1", "whole_image")
+INTENSITY_KEYS = ("mean", "std", "percentile_00_5", "percentile_99_5")
+DEVICES = ("auto", "cuda", "cpu", "mps")
+RESERVED = ("background", "ignore")
+MIN_STAGES = 3
+
+
+class ScheduleError(ValueError):
+    """All problems of a schedule, one a line: file, key, got, expected."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """Classes of one step; ``dataset`` and ``class_map`` (own label -> class, None: dropped) if it has its own data."""
+
+    classes: tuple[str, ...]
+    dataset: Path | None = None
+    class_map: Mapping[str, str | None] | None = None
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """Test images and labels: own label names -> classes, own label names -> values, which subjects (None: all)."""
+
+    __test__ = False
+
+    images: Path
+    labels: Path
+    class_map: Mapping[str, str | None]
+    values: Mapping[str, int]
+    dataset: Path | None = None
+    subjects: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class PlanOverride:
+    """What differs from nnU-Net's plan; axes in the order of the plans, spacing in mm."""
+
+    patch_size: tuple[int, ...] | None = None
+    batch_size: int | None = None
+    features_per_stage: tuple[int, ...] | None = None
+    spacing: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long and how fast each step learns. nnU-Net's own values are the defaults.
+
+    ``later_lr`` and ``warmup_epochs`` hold for steps after the first. ``validation_cases`` limits nnU-Net's validation
+    pass after training; None means all cases of a numbered fold and none of fold ``all``.
+    """
+
+    epochs: int = 1000
+    iterations_per_epoch: int = 250
+    val_iterations_per_epoch: int = 50
+    seed: int | None = 0
+    initial_lr: float = 0.01
+    later_lr: float = 0.01
+    warmup_epochs: int = 0
+    deep_supervision: bool = True
+    validation_cases: int | None = None
+    checkpoint_minutes: float = 2.0
+
+
+@dataclass(frozen=True)
+class Intensity:
+    """From where nnU-Net takes the CT window: ``step1``, ``whole_image``, or ``given`` numbers by channel."""
+
+    mode: str = "step1"
+    given: Mapping[str, Mapping[str, float]] | None = None
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A checked schedule; see docs/schedule.md for what each key means."""
+
+    name: str
+    file: Path
+    steps: tuple[Step, ...]
+    source: Path | None = None
+    images: str = "shared"
+    train_subjects: tuple[str, ...] | None = None
+    test: tuple[TestSet, ...] = ()
+    configuration: str = "3d_fullres"
+    folds: tuple[int | str, ...] = ("all",)
+    trainer: str = "nnUNetTrainerPGCD"
+    planner: str = "ExperimentPlanner"
+    base_plans: Path | None = None
+    plans: PlanOverride = field(default_factory=PlanOverride)
+    intensity: Intensity = field(default_factory=Intensity)
+    mirror_axes: tuple[int, ...] | None = None
+    training: Training = field(default_factory=Training)
+    method: Mapping[str, Any] = field(default_factory=lambda: dict(METHOD_DEFAULTS))
+    dataset_id: int | None = None
+    device: str = "auto"
+    raw: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """All classes in the order learned."""
+        return self.classes_until(len(self.steps))
+
+    def classes_until(self, step: int) -> tuple[str, ...]:
+        """Classes of steps 1..step."""
+        return tuple(name for s in self.steps[:step] for name in s.classes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings in force, JSON-able; data sources and test set as the user wrote them, so without our paths."""
+        return {
+            "name": self.name,
+            "source": self.raw.get("source"),
+            "steps": [
+                {"classes": list(s.classes), "dataset": _written(raw), "class_map": s.class_map and dict(s.class_map)}
+                for s, raw in zip(self.steps, self.raw["steps"], strict=True)
+            ],
+            "images": self.images,
+            "test": self.raw.get("test"),
+            "configuration": self.configuration,
+            "folds": list(self.folds),
+            "trainer": self.trainer,
+            "planner": self.planner,
+            "base_plans": (self.raw.get("plans") or {}).get("base"),
+            "plans": asdict(self.plans),
+            "intensity": {"mode": self.intensity.mode, "given": self.intensity.given},
+            "mirror_axes": self.mirror_axes,
+            "training": asdict(self.training),
+            "method": dict(self.method),
+            "device": self.device,
+        }
+
+
+KEYS = (
+    "name",
+    "source",
+    "images",
+    "test",
+    "configuration",
+    "fold",
+    "trainer",
+    "plans",
+    "intensity",
+    "mirror_axes",
+    "training",
+    "method",
+    "dataset_id",
+    "device",
+    "steps",
+)
+
+
+def _written(raw_step: Any) -> str | None:
+    return str(raw_step["dataset"]) if isinstance(raw_step, Mapping) else None
+
+
+def load_schedule(path: Path | str) -> Schedule:
+    """Read and check a schedule.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ScheduleError: listing every problem of the file and of the folders it names.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: got no file, expected a schedule in YAML.")
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ScheduleError(f"{path}: got no valid YAML: {error}") from error
+    return _Reader(path, raw).schedule()
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """A key that stands twice in a mapping is an error, not a silent choice of the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, (str, int, float, bool, type(None))):
+                raise yaml.constructor.ConstructorError(None, None, f"got the key {key!r}, expected text", node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"got the key {key!r} twice, expected it once", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+class _Reader:
+    """Turns raw YAML into a Schedule and collects what is wrong on the way."""
+
+    def __init__(self, path: Path, raw: Any) -> None:
+        self.path, self.raw, self.problems = path, raw, []
+
+    def problem(self, key: str, got: Any, expected: str) -> None:
+        self.problems.append(f"{self.path}: {key}: got {got}, expected {expected}.")
+
+    def schedule(self) -> Schedule:
+        if not isinstance(self.raw, dict):
+            raise ScheduleError(f"{self.path}: got {type(self.raw).__name__}, expected a mapping with the keys {KEYS}.")
+        raw = self.raw
+        self._known_keys("", raw, KEYS)
+        values: dict[str, Any] = {
+            "name": self._name(raw.get("name")),
+            "source": self._dataset("source", raw["source"]) if raw.get("source") is not None else None,
+            "images": self._choice("images", raw.get("images", "shared"), ("shared", "disjoint")),
+            "configuration": self._choice("configuration", raw.get("configuration", "3d_fullres"), CONFIGURATIONS),
+            "folds": self._folds(raw.get("fold", "all")),
+            "trainer": self._text("trainer", raw.get("trainer", "nnUNetTrainerPGCD")),
+            "mirror_axes": self._numbers("mirror_axes", raw.get("mirror_axes"), int, empty=True),
+            "device": self._choice("device", raw.get("device", "auto"), DEVICES),
+            "dataset_id": self._dataset_id(raw.get("dataset_id")),
+            "training": self._training(raw.get("training")),
+            "method": self._method(raw.get("method")),
+            "intensity": self._intensity(raw.get("intensity", "step1")),
+            **self._plans(raw.get("plans")),
+        }
+        values["steps"] = self._steps(raw.get("steps"), values["source"])
+        values["test"], values["train_subjects"] = self._test(raw.get("test"), values["source"], values["steps"])
+        if self.problems:
+            raise ScheduleError("\n".join(self.problems))
+        return Schedule(file=self.path, raw=raw, **values)
+
+    def _known_keys(self, where: str, mapping: Mapping, known: Sequence[str]) -> None:
+        for key in mapping:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, 1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                self.problem(f"{where}{key}", "an unknown key", f"one of {', '.join(known)}.{hint}".rstrip("."))
+
+    def _name(self, value: Any) -> str:
+        if not (isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", value)):
+            self.problem("name", repr(value), "letters, digits, - and _, as it becomes part of folder names")
+            return ""
+        return value
+
+    def _text(self, key: str, value: Any) -> str:
+        if not isinstance(value, str) or not value:
+            self.problem(key, repr(value), "text")
+            return ""
+        return value
+
+    def _choice(self, key: str, value: Any, choices: Sequence[str]) -> str:
+        if value not in choices or not isinstance(value, str):
+            self.problem(key, repr(value), f"one of {', '.join(choices)}")
+        return str(value)
+
+    def _dataset_id(self, value: Any) -> int | None:
+        if value is not None and not (_is_int(value) and 1 <= value <= 990):
+            self.problem("dataset_id", repr(value), "a number from 1 to 990")
+        return value
+
+    def _folds(self, value: Any) -> tuple[int | str, ...]:
+        folds = value if isinstance(value, list) else [value]
+        good = [fold == "all" or (_is_int(fold) and fold >= 0) for fold in folds]
+        if not folds or not all(good) or len({str(fold) for fold in folds}) != len(folds):
+            self.problem("fold", repr(value), "'all', a fold number or a list of different fold numbers")
+        return tuple(folds)
+
+    def _numbers(self, key: str, value: Any, kind: type, empty: bool = False) -> tuple | None:
+        if value is None:
+            return None
+        good = isinstance(value, list) and (empty or value) and all(_is_int(v) or (kind is float and _is_float(v)) for v in value)
+        if not good or not all(v >= 0 if empty else v > 0 for v in value):
+            self.problem(key, repr(value), f"a list of {'numbers from 0 on' if empty else 'positive numbers'}")
+            return None
+        if key == "mirror_axes" and (len(set(value)) != len(value) or any(v > 2 for v in value)):
+            self.problem(key, repr(value), "different axes out of 0, 1, 2")
+        return tuple(kind(v) for v in value)
+
+    def _mapping(self, key: str, value: Any, known: Sequence[str]) -> dict[str, Any]:
+        if value is None:
+            return {}
+        if not isinstance(value, dict):
+            self.problem(key, repr(value), f"a mapping with the keys {', '.join(known)}")
+            return {}
+        self._known_keys(f"{key}: ", value, known)
+        return {k: v for k, v in value.items() if k in known}
+
+    def _training(self, value: Any) -> Training:
+        given = self._mapping("training", value, [f.name for f in fields(Training)])
+        checks: dict[str, tuple[Callable[[Any], bool], str]] = {
+            "epochs": (lambda v: _is_int(v) and v > 0, "a positive number"),
+            "iterations_per_epoch": (lambda v: _is_int(v) and v > 0, "a positive number"),
+            "val_iterations_per_epoch": (lambda v: _is_int(v) and v > 0, "a positive number"),
+            "seed": (lambda v: v is None or (_is_int(v) and v >= 0), "a number from 0 on, or null for none"),
+            "initial_lr": (lambda v: _is_float(v) and v > 0, "a positive number"),
+            "later_lr": (lambda v: _is_float(v) and v > 0, "a positive number"),
+            "warmup_epochs": (lambda v: _is_int(v) and v >= 0, "a number from 0 on"),
+            "deep_supervision": (lambda v: isinstance(v, bool), "true or false"),
+            "validation_cases": (lambda v: v is None or (_is_int(v) and v >= 0), "a number from 0 on, or null"),
+            "checkpoint_minutes": (lambda v: _is_float(v) and v >= 0, "a number from 0 on"),
+        }
+        for key in [key for key, v in given.items() if not checks[key][0](v)]:
+            self.problem(f"training: {key}", repr(given.pop(key)), checks[key][1])
+        return Training(**given)
+
+    def _method(self, value: Any) -> dict[str, Any]:
+        given = self._mapping("method", value, tuple(METHOD_DEFAULTS))
+        for key, v in given.items():
+            default = METHOD_DEFAULTS[key]
+            if key in METHOD_CHOICES:
+                self._choice(f"method: {key}", v, METHOD_CHOICES[key])
+            elif isinstance(default, bool):
+                if not isinstance(v, bool):
+                    self.problem(f"method: {key}", repr(v), "true or false")
+            elif not _is_float(v) or v < 0:
+                self.problem(f"method: {key}", repr(v), "a number from 0 on")
+            elif key in ("mu", "tau_old", "tau_background") and v > 1:
+                self.problem(f"method: {key}", repr(v), "a number from 0 to 1")
+        return {**METHOD_DEFAULTS, **given}
+
+    def _intensity(self, value: Any) -> Intensity:
+        if isinstance(value, dict):
+            self._known_keys("intensity: ", value, ("given",))
+            given = value.get("given")
+            good = isinstance(given, dict) and given and all(isinstance(v, dict) for v in given.values())
+            if not good:
+                self.problem("intensity: given", repr(given), f"a mapping of channel numbers to {', '.join(INTENSITY_KEYS)}")
+                return Intensity()
+            for channel, numbers in given.items():
+                missing = [key for key in INTENSITY_KEYS if not _is_float(numbers.get(key))]
+                if missing:
+                    self.problem(f"intensity: given: {channel}", f"no number for {missing}", ", ".join(INTENSITY_KEYS))
+            return Intensity("given", {str(c): {str(k): float(v) for k, v in n.items() if _is_float(v)} for c, n in given.items()})
+        if value == "given":
+            self.problem("intensity", "'given' without numbers", "intensity: {given: {0: {mean: .., std: .., ..}}}")
+            return Intensity()
+        return Intensity(self._choice("intensity", value, (*INTENSITY_MODES, "given")))
+
+    def _plans(self, value: Any) -> dict[str, Any]:
+        override = [f.name for f in fields(PlanOverride)]
+        given = self._mapping("plans", value, (*override, "planner", "base"))
+        result: dict[str, Any] = {}
+        if "planner" in given:
+            result["planner"] = self._text("plans: planner", given["planner"])
+        if "base" in given:
+            result["base_plans"] = base = self._path("plans: base", given["base"])
+            if base is not None and not base.is_file():
+                self.problem("plans: base", f"no file {base}", "a plans.json of nnU-Net")
+        patch = self._numbers("plans: patch_size", given.get("patch_size"), int)
+        features = self._numbers("plans: features_per_stage", given.get("features_per_stage"), int)
+        spacing = self._numbers("plans: spacing", given.get("spacing"), float)
+        batch = given.get("batch_size")
+        if batch is not None and not (_is_int(batch) and batch > 0):
+            self.problem("plans: batch_size", repr(batch), "a positive number")
+            batch = None
+        n_axes = 2 if self.raw.get("configuration") == "2d" else 3
+        for key, numbers in (("patch_size", patch), ("spacing", spacing)):
+            if numbers is not None and len(numbers) != n_axes:
+                self.problem(f"plans: {key}", f"{len(numbers)} numbers", f"{n_axes}, one for each axis")
+        if features is not None and len(features) < MIN_STAGES:
+            self.problem(
+                "plans: features_per_stage", f"{len(features)} stages", f"at least {MIN_STAGES}: deep supervision needs them"
+            )
+        return {**result, "plans": PlanOverride(patch, batch, features, spacing)}
+
+    def _path(self, key: str, value: Any) -> Path | None:
+        if not isinstance(value, str) or not value:
+            self.problem(key, repr(value), "a path")
+            return None
+        return (self.path.parent / Path(value).expanduser()).absolute()
+
+    def _dataset(self, key: str, value: Any) -> Path | None:
+        """A raw dataset by path, or by name or number in nnUNet_raw; checked to be one."""
+        if _is_int(value) or (isinstance(value, str) and re.fullmatch(r"Dataset\d{3}_[^/\\]+", value)):
+            folder = self._named_dataset(key, value)
+        else:
+            folder = self._path(key, value)
+        if folder is None:
+            return None
+        missing = [name for name in ("dataset.json", "imagesTr", "labelsTr") if not (folder / name).exists()]
+        labels = self._labels_of(key, folder) if "dataset.json" not in missing else None
+        if missing and not (labels is not None and self._lists_files(folder) and "dataset.json" not in missing):
+            self.problem(key, f"{folder} without {', '.join(missing)}", "a raw dataset in nnU-Net's format")
+            return None
+        return folder if labels is not None else None
+
+    def _named_dataset(self, key: str, value: str | int) -> Path | None:
+        root = os.environ.get("nnUNet_raw")
+        if not root:
+            self.problem(key, f"{value!r} while nnUNet_raw is not set", "a path, or the variable nnUNet_raw")
+            return None
+        if _is_int(value):
+            found = sorted(Path(root).glob(f"Dataset{value:03d}_*"))
+            if len(found) != 1:
+                self.problem(key, f"{len(found)} datasets of number {value} in {root}", "exactly one")
+                return None
+            return found[0].absolute()
+        return (Path(root) / value).absolute()
+
+    @staticmethod
+    def _lists_files(folder: Path) -> bool:
+        return "dataset" in json.loads((folder / "dataset.json").read_text())
+
+    def _labels_of(self, key: str, folder: Path) -> dict[str, int] | None:
+        try:
+            content = json.loads((folder / "dataset.json").read_text())
+            labels = content["labels"]
+            check_regions(labels, str(folder / "dataset.json"))
+            values = {str(name): int(value) for name, value in labels.items()}
+            needed = {"channel_names", "file_ending"} - set(content)
+            if needed or values.get("background") != 0:
+                raise KeyError(f"{sorted(needed) or 'label background: 0'}")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if "region" in str(error):
+                self.problems.append(f"{self.path}: {key}: {error}")
+            else:
+                self.problem(key, f"{folder / 'dataset.json'} without {error}", "nnU-Net's dataset.json")
+            return None
+        if len(set(values.values())) != len(values):
+            self.problem(key, f"{folder / 'dataset.json'} with a label value twice: {values}", "one value a label")
+        return values
+
+    def _steps(self, value: Any, source: Path | None) -> tuple[Step, ...]:
+        if not isinstance(value, list) or not value:
+            self.problem("steps", repr(value), "a list with the classes of each step")
+            return ()
+        steps, seen = [], {}
+        for index, entry in enumerate(value):
+            key = f"steps[{index}]"
+            step = self._own_step(key, entry) if isinstance(entry, dict) else self._cut_step(key, entry, source)
+            if step is None:
+                continue
+            steps.append(step)
+            for name in step.classes:
+                if name in RESERVED:
+                    self.problem(key, repr(name), "a class; that name is nnU-Net's own")
+                if name in seen:
+                    self.problem(key, f"class {name!r} that {seen[name]} has already", "each class in one step only, once")
+                seen[name] = key
+        kinds = {isinstance(entry, dict) for entry in value}
+        if len(kinds) > 1:
+            self.problem("steps", "steps with and without a dataset of their own", "all of one kind")
+        if kinds == {True} and source is not None:
+            self.problem("source", "a source beside steps with datasets of their own", "one of the two")
+        if kinds == {True} and self.raw.get("images") is not None:
+            self.problem("images", "images beside steps with datasets of their own", "no such key: each step has its images")
+        return tuple(steps)
+
+    def _class_names(self, key: str, value: Any) -> list[str] | None:
+        if not isinstance(value, list) or not value or not all(isinstance(name, str) and name for name in value):
+            self.problem(key, repr(value), "a list of at least one class name")
+            return None
+        return value
+
+    def _cut_step(self, key: str, entry: Any, source: Path | None) -> Step | None:
+        names = self._class_names(key, entry)
+        if self.raw.get("source") is None:
+            self.problem(key, "classes without a dataset", "`source`, or {dataset: ..., classes: ...}")
+            return None
+        if names is None:
+            return None
+        if source is not None:
+            self._check_own_names(key, names, source)
+        return Step(tuple(names))
+
+    def _check_own_names(self, key: str, names: Sequence[str], folder: Path) -> None:
+        labels = json.loads((folder / "dataset.json").read_text())["labels"]
+        for name in names:
+            if name not in labels:
+                near = difflib.get_close_matches(name, labels, 1)
+                hint = f" (did you mean {near[0]!r}?)" if near else ""
+                self.problem(key, f"unknown class {name!r}{hint}", f"one of {sorted(set(labels) - set(RESERVED))}")
+
+    def _own_step(self, key: str, entry: Mapping) -> Step | None:
+        self._known_keys(f"{key}: ", entry, ("dataset", "classes"))
+        folder = self._dataset(f"{key}: dataset", entry.get("dataset"))
+        class_map = self._class_map(f"{key}: classes", entry.get("classes"), folder)
+        if folder is None or class_map is None:
+            return None
+        classes = tuple(dict.fromkeys(name for name in class_map.values() if name is not None))
+        if not classes:
+            self.problem(f"{key}: classes", "no class", "at least one that is learned")
+        return Step(classes, folder, class_map)
+
+    def _class_map(self, key: str, value: Any, folder: Path | None) -> dict[str, str | None] | None:
+        if isinstance(value, list):
+            names = self._class_names(key, value)
+            if names is not None and len(set(names)) != len(names):
+                self.problem(key, f"a name twice in {names}", "each once")
+            value = None if names is None else {name: name for name in names}
+        elif not isinstance(value, dict) or not value:
+            self.problem(key, repr(value), "a list of class names, or a mapping of own names to class names or null")
+            value = None
+        elif bad := [k for k, v in value.items() if not isinstance(k, str) or not (v is None or (isinstance(v, str) and v))]:
+            self.problem(key, f"{ {k: value[k] for k in bad} }", "own names mapped to class names or null")
+            value = None
+        if value is not None and folder is not None:
+            self._check_own_names(key, list(value), folder)
+        return value
+
+    def _test(
+        self, value: Any, source: Path | None, steps: tuple[Step, ...]
+    ) -> tuple[tuple[TestSet, ...], tuple[str, ...] | None]:
+        train: tuple[str, ...] | None = None
+        if value is None:
+            return (), None
+        if isinstance(value, str) and value.endswith(".json"):
+            value, train = self._split_file(value)
+            if value is None:
+                return (), None
+        classes = tuple(name for step in steps for name in step.classes)
+        entries = value if isinstance(value, list) and not all(isinstance(v, str) for v in value) else [value]
+        sets = [self._test_set(entry, source, classes) for entry in entries]
+        if train is not None and source is not None:
+            self._subjects("test: train", train, source / "imagesTr", source)
+        return tuple(s for s in sets if s is not None), train
+
+    def _split_file(self, value: str) -> tuple[list[str] | None, tuple[str, ...] | None]:
+        path = self._path("test", value)
+        if path is None or not path.is_file():
+            self.problem("test", f"no file {path}", "a JSON file with the key 'test', and maybe 'train'")
+            return None, None
+        try:
+            content = json.loads(path.read_text())
+            test, train = content["test"], content.get("train")
+            if not all(isinstance(name, str) for name in [*test, *(train or [])]) or not test:
+                raise ValueError("subjects must be names")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            self.problem("test", f"{path}: {error}", "a JSON object with the key 'test' (names), and maybe 'train'")
+            return None, None
+        if both := sorted(set(test) & set(train or ())):
+            self.problem("test", f"{both} as test and as training subjects", "each in one of the two")
+        return test, None if train is None else tuple(train)
+
+    def _test_set(self, entry: Any, source: Path | None, classes: tuple[str, ...]) -> TestSet | None:
+        subjects = None
+        class_map = None
+        if isinstance(entry, list):
+            if source is None:
+                self.problem("test", "subjects without a source", "a dataset, or {images: .., labels: ..}")
+                return None
+            folder, subjects = source, entry
+        elif isinstance(entry, dict) and "images" in entry:
+            return self._folder_pair(entry, source, classes)
+        elif isinstance(entry, dict):
+            self._known_keys("test: ", entry, ("dataset", "subjects", "classes"))
+            folder = self._dataset("test: dataset", entry.get("dataset"))
+            subjects = entry.get("subjects")
+            if "classes" in entry:
+                class_map = self._class_map("test: classes", entry["classes"], folder)
+        else:
+            folder = self._dataset("test", entry)
+        if folder is None:
+            return None
+        part = "Ts" if subjects is None and all((folder / f"{n}Ts").is_dir() for n in ("images", "labels")) else "Tr"
+        values = self._labels_of("test", folder) or {}
+        if class_map is None:
+            class_map = {name: name for name in values if name in classes}
+        self._check_targets(class_map, classes)
+        if subjects is not None:
+            subjects = self._subjects("test", subjects, folder / f"images{part}", folder)
+        return TestSet(folder / f"images{part}", folder / f"labels{part}", class_map, values, folder, subjects)
+
+    def _folder_pair(self, entry: Mapping, source: Path | None, classes: tuple[str, ...]) -> TestSet | None:
+        self._known_keys("test: ", entry, ("images", "labels", "classes"))
+        folders = [self._path(f"test: {key}", entry.get(key)) for key in ("images", "labels")]
+        for key, folder in zip(("images", "labels"), folders, strict=True):
+            if folder is not None and not folder.is_dir():
+                self.problem(f"test: {key}", f"no folder {folder}", f"the folder of the test {key}")
+        values = self._labels_of("source", source) if source is not None else None
+        values = values or {"background": 0, **{name: value for value, name in enumerate(classes, 1)}}
+        class_map = self._class_map("test: classes", entry["classes"], None) if "classes" in entry else None
+        class_map = class_map or {name: name for name in values if name in classes}
+        self._check_targets(class_map, classes)
+        if folders[0] is None or folders[1] is None:
+            return None
+        return TestSet(folders[0], folders[1], class_map, values)
+
+    def _check_targets(self, class_map: Mapping[str, str | None], classes: Sequence[str]) -> None:
+        if unknown := sorted({name for name in class_map.values() if name is not None and name not in classes}):
+            self.problem("test: classes", f"{unknown}", f"classes of the steps: {list(classes)}")
+        if classes and not any(name is not None for name in class_map.values()):
+            self.problem("test", "no class of the steps", f"labels of some of {list(classes)}")
+
+    def _subjects(self, key: str, subjects: Any, images: Path, folder: Path) -> tuple[str, ...] | None:
+        if not isinstance(subjects, (list, tuple)) or not subjects or not all(isinstance(s, str) for s in subjects):
+            self.problem(f"{key}: subjects", repr(subjects), "a list of subject names")
+            return None
+        ending = json.loads((folder / "dataset.json").read_text())["file_ending"]
+        missing = [s for s in subjects if not (images / f"{s}_0000{ending}").is_file()]
+        if missing and not self._lists_files(folder):
+            shown = f"{missing[:5]}{' ...' * (len(missing) > 5)}"
+            self.problem(key, f"{len(missing)} subjects that do not exist: {shown}", f"names from {images}")
+        if twice := sorted({s for s in subjects if list(subjects).count(s) > 1}):
+            self.problem(key, f"{twice} twice", "each subject once")
+        return tuple(subjects)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_float(value: Any) -> bool:
+    return (isinstance(value, float) and value == value and abs(value) != float("inf")) or _is_int(value)

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from nnunet_cil.report.table import Row, markdown_table, score_table
+
+NAN = np.nan
+CLASSES = ["liver", "spleen", "kidney"]
+LEARNED_AT = [1, 1, 2]
+PGCD = Row("pgcd", np.array([[0.9, 0.8, NAN], [0.891, 0.813, 0.79]]), seeds=3)
+FINETUNE = Row("finetune", np.array([[0.9, 0.8, NAN], [0.0, 0.002, 0.81]]))
+JOINT = Row("joint", np.array([[NAN] * 3, [0.91, 0.84, 0.83]]))
+
+
+def _cells(markdown):
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in markdown.splitlines()]
+
+
+def test_terminal_table_as_a_whole():
+    assert (
+        score_table([FINETUNE, JOINT], CLASSES, LEARNED_AT)
+        == """\
+Dice after the last step
+method    seeds  liver  spleen  kidney   old   new  mean  avg inc mean  forgetting     BWT  plasticity
+                     %       %       %     %     %     %             %      points  points           %
+------------------------------------------------------------------------------------------------------
+finetune      1    0.0     0.2    81.0   0.1  81.0  27.1          56.0        84.9   -84.9        81.0
+joint         1   91.0    84.0    83.0  87.5  83.0  86.0           n/a         n/a     n/a         n/a
+
+finetune: Dice (%) by step
+step  liver  spleen  kidney  mean
+---------------------------------
+1      90.0    80.0          85.0
+2       0.0     0.2    81.0  27.1
+
+joint: Dice (%) by step
+step  liver  spleen  kidney  mean
+---------------------------------
+2      91.0    84.0    83.0  86.0
+"""
+    )
+
+
+def test_markdown_has_the_same_columns():
+    header, rule, pgcd, joint = _cells(markdown_table([PGCD, JOINT], CLASSES, LEARNED_AT))
+    assert header == [
+        *["method", "seeds", "liver (%)", "spleen (%)", "kidney (%)", "old (%)", "new (%)", "mean (%)"],
+        *["avg inc mean (%)", "forgetting (points)", "BWT (points)", "plasticity (%)"],
+    ]
+    assert len(rule) == len(header)
+    assert pgcd == ["pgcd", "3", "89.1", "81.3", "79.0", "85.2", "79.0", "83.1", "84.1", "-0.2", "+0.2", "79.0"]
+    assert joint[-4:] == ["n/a"] * 4
+
+
+def test_spread_over_seeds_is_shown_beside_scores():
+    row = Row("pgcd", PGCD.R, seeds=3, R_std=np.array([[0.01, 0.02, NAN], [0.011, NAN, 0.03]]))
+    text = score_table([row], CLASSES, LEARNED_AT)
+    assert "90.0 ±1.0  80.0 ±2.0" in text
+    assert "89.1 ±1.1       81.3  79.0 ±3.0" in text
+
+
+def test_a_missing_score_is_not_available_and_a_class_to_come_is_empty():
+    row = Row("pgcd", np.array([[0.9, NAN, NAN]]))
+    cells = _cells(markdown_table([row], CLASSES, LEARNED_AT))[-1]
+    assert cells[2:5] == ["90.0", "n/a", ""]
+    assert "nan" not in score_table([row], CLASSES, LEARNED_AT)
+
+
+def test_no_minus_zero():
+    row = Row("pgcd", np.array([[0.9, 0.8, NAN], [0.9001, 0.8001, 0.5]]))
+    cells = _cells(markdown_table([row], CLASSES, LEARNED_AT))[-1]
+    assert cells[9:11] == ["0.0", "+0.0"]
+
+
+def test_columns_line_up():
+    lines = score_table([PGCD, FINETUNE, JOINT], CLASSES, LEARNED_AT).split("\n\n")[0].splitlines()[1:]
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_markdown_escapes_bars():
+    assert "a\\|b" in markdown_table([Row("a|b", PGCD.R)], CLASSES, LEARNED_AT)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"R": np.array([[85.0]])}, "not %"),
+        ({"R": np.array([0.5])}, "steps, classes"),
+        ({"R": np.array([[0.5]]), "R_std": np.array([0.1])}, "R_std of pgcd"),
+        ({"R": np.array([[0.5]]), "seeds": 0}, "seeds of pgcd"),
+    ],
+)
+def test_wrong_rows(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Row("pgcd", **arguments)
+
+
+def test_numbers_of_classes_must_agree():
+    with pytest.raises(ValueError, match="got 2 and 3 entries"):
+        score_table([PGCD], CLASSES[:2], LEARNED_AT)
+    with pytest.raises(ValueError, match="learned_at"):
+        markdown_table([PGCD], CLASSES[:2], LEARNED_AT[:2])
