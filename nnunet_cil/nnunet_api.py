@@ -1,0 +1,316 @@
+"""The one gateway to nnunetv2's internals beside the trainer class.
+
+Whatever we call of nnU-Net's planning, preprocessing, prediction, metrics and file handling is called here, so that a
+new nnU-Net release is a matter of this file, ``trainer.py`` and ``tests/test_nnunet_contract.py``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+logger = logging.getLogger(__name__)
+
+PATH_VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+
+
+def nnunet_paths() -> dict[str, Path]:
+    """nnU-Net's three folders from the environment, created where they do not exist.
+
+    Raises:
+        ValueError: one or more of nnUNet_raw, nnUNet_preprocessed, nnUNet_results are not set.
+    """
+    if unset := [name for name in PATH_VARIABLES if not os.environ.get(name)]:
+        lines = "\n".join(f"  export {name}=/path/to/{name}" for name in unset)
+        raise ValueError(f"{', '.join(unset)}: got nothing, expected a folder. Set nnU-Net's paths, e.g.\n{lines}")
+    paths = {name: Path(os.environ[name]).absolute() for name in PATH_VARIABLES}
+    for path in paths.values():
+        path.mkdir(parents=True, exist_ok=True)
+    return paths
+
+
+def taken_dataset_ids() -> dict[int, set[str]]:
+    """Dataset numbers in use in any of nnU-Net's three folders, with the folder names that use them."""
+    taken: dict[int, set[str]] = {}
+    for path in nnunet_paths().values():
+        for folder in path.glob("Dataset[0-9][0-9][0-9]_*"):
+            taken.setdefault(int(folder.name[7:10]), set()).add(folder.name)
+    return taken
+
+
+def training_cases(raw_folder: Path) -> dict[str, tuple[list[Path], Path]]:
+    """Cases of a raw dataset: ``{case: (image files by channel, label file)}``; nnU-Net's own listing.
+
+    Nothing is checked to exist beyond what nnU-Net lists.
+    """
+    from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+    listed = get_filenames_of_train_images_and_targets(str(raw_folder))
+    return {
+        str(case): ([Path(image) for image in files["images"]], Path(files["label"])) for case, files in listed.items()
+    }
+
+
+def image_lists(folder: Path, file_ending: str, cases: Sequence[str] | None = None) -> dict[str, list[Path]]:
+    """Images of a folder in nnU-Net's naming: ``{case: files by channel}``, sorted; all cases if none are named."""
+    suffix = len("_0000") + len(file_ending)
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        if path.name.endswith(file_ending) and path.name[-suffix : -len(file_ending)].lstrip("_").isdigit():
+            found.setdefault(path.name[:-suffix], []).append(path)
+    return found if cases is None else {case: found[case] for case in cases if case in found}
+
+
+def reader_writer(dataset_json: Mapping[str, Any], example: Path) -> Any:
+    """An instance of the reader/writer that nnU-Net takes for ``example``."""
+    from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+
+    return determine_reader_writer_from_dataset_json(dict(dataset_json), str(example), verbose=False)()
+
+
+@contextmanager
+def environment_variable(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable for a block and restore it after."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def worker_count(n_tasks: int) -> int:
+    """Worker processes for preprocessing, from the cores this process may use; nnUNet_def_n_proc overrides."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limit = int(os.environ.get("nnUNet_def_n_proc", min(8, cores)))
+    return max(1, min(limit, n_tasks))
+
+
+def fingerprint(dataset_id: int, n_workers: int) -> dict[str, Any]:
+    """Extract a raw dataset's fingerprint with nnU-Net's extractor and return it."""
+    from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprint_dataset
+
+    return extract_fingerprint_dataset(dataset_id, num_processes=n_workers, clean=True, verbose=False)
+
+
+def plan(dataset_id: int, planner: str) -> str:
+    """Plan a raw dataset with the planner of this class name; returns the plans identifier.
+
+    Raises:
+        ValueError: nnU-Net has no such planner.
+    """
+    import nnunetv2
+    from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiment_dataset
+    from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+
+    folder = os.path.join(nnunetv2.__path__[0], "experiment_planning")
+    planner_class = recursive_find_python_class(folder, planner, current_module="nnunetv2.experiment_planning")
+    if planner_class is None:
+        raise ValueError(
+            f"plans: planner: got {planner!r}, expected a planner of nnunetv2 such as ExperimentPlanner or "
+            "nnUNetPlannerResEncM. Correct the name in the schedule."
+        )
+    # the planner calls torch.set_num_threads(nnUNet_n_proc_DA), which fails at 0
+    with environment_variable("nnUNet_n_proc_DA", str(worker_count(8))):
+        return plan_experiment_dataset(dataset_id, planner_class)[1]
+
+
+def pool_and_kernels(spacing_mm: Sequence[float], patch_size: Sequence[int]) -> tuple[list, list, tuple[int, ...]]:
+    """Strides, kernel sizes and the patch size padded to their multiple, by nnU-Net's own rule."""
+    from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
+
+    _, strides, kernels, padded, _ = get_pool_and_conv_props(list(spacing_mm), list(patch_size), 4, 999999)
+    return [list(s) for s in strides], [list(k) for k in kernels], tuple(int(p) for p in padded)
+
+
+def preprocess(dataset_id: int, plans_name: str, configuration: str, n_workers: int) -> None:
+    """Preprocess a raw dataset by its plans with nnU-Net's preprocessor; fills gt_segmentations too."""
+    from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess_dataset
+
+    preprocess_dataset(dataset_id, plans_name, (configuration,), (n_workers,), verbose=False)
+
+
+def crossval_splits(cases: Sequence[str]) -> list[dict[str, list[str]]]:
+    """nnU-Net's seeded 5-fold split; fewer folds below 5 cases; a single case is both training and validation."""
+    from nnunetv2.utilities.crossval_split import generate_crossval_split
+
+    if len(cases) < 2:
+        return [{"train": list(cases), "val": list(cases)}]
+    folds = generate_crossval_split(sorted(cases), seed=12345, n_splits=min(5, len(cases)))
+    return [{name: [str(case) for case in part] for name, part in fold.items()} for fold in folds]
+
+
+def train_arguments(
+    dataset: str, configuration: str, fold: int | str, trainer: str, plans_name: str, device: str
+) -> list[str]:
+    """Arguments of ``nnUNetv2_train`` for one training, as a user would type them."""
+    arguments = [dataset, configuration, str(fold), "-tr", trainer]
+    if plans_name != "nnUNetPlans":
+        arguments += ["-p", plans_name]
+    return arguments + (["-device", device] if device != "cuda" else [])
+
+
+def train_process_command(arguments: Sequence[str], resume: bool) -> list[str]:
+    """Command that runs ``nnUNetv2_train`` with these arguments in this interpreter."""
+    code = "from nnunetv2.run.run_training import run_training_entry; run_training_entry()"
+    return [sys.executable, "-u", "-c", code, *arguments, *(["--c"] if resume else [])]
+
+
+def predict_line(dataset: str, configuration: str, fold: int | str, trainer: str, plans_name: str, images: str) -> str:
+    """The ``nnUNetv2_predict`` line that gives the same predictions."""
+    parts = ["nnUNetv2_predict", "-i", images, "-o", "OUTPUT", "-d", dataset, "-c", configuration, "-f", str(fold)]
+    parts += ["-tr", trainer, *(["-p", plans_name] if plans_name != "nnUNetPlans" else [])]
+    return shlex.join(parts)
+
+
+def model_folder_name(trainer: str, plans_name: str, configuration: str) -> str:
+    """nnU-Net's name of a model folder."""
+    return f"{trainer}__{plans_name}__{configuration}"
+
+
+def predict(
+    model_folder: Path,
+    fold: int | str,
+    images: Sequence[Sequence[Path]],
+    output_folder: Path,
+    device: torch.device,
+) -> None:
+    """Predict with nnU-Net's own predictor at its default settings; predictions that exist are kept.
+
+    Few cores or few images are predicted in this process: starting nnU-Net's worker processes would take longer.
+    """
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    output_folder.mkdir(parents=True, exist_ok=True)
+    predictor = nnUNetPredictor(device=device, allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(model_folder), (fold,), "checkpoint_final.pth")
+    ending = predictor.dataset_json["file_ending"]
+    lists = [[str(path) for path in channels] for channels in images]
+    targets = [str(output_folder / Path(channels[0]).name[: -len("_0000") - len(ending)]) for channels in lists]
+    if device.type == "cuda" and worker_count(8) > 3:
+        predictor.predict_from_files(lists, targets, overwrite=False)
+    else:
+        predictor.predict_from_files_sequential(lists, targets, overwrite=False)
+
+
+def case_metrics(
+    reference: Path, prediction: Path, rw: Any, labels: Sequence[int], ignore: int | None
+) -> dict[int, dict]:
+    """nnU-Net's metrics of one case: ``{label: {"Dice": 0..1 or NaN if both are empty, "n_ref": voxels, ...}}``."""
+    from nnunetv2.evaluation.evaluate_predictions import compute_metrics
+
+    return compute_metrics(str(reference), str(prediction), rw, list(labels), ignore)["metrics"]
+
+
+def plans_manager(plans: Mapping[str, Any]) -> Any:
+    """nnU-Net's PlansManager of a plans dict."""
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    return PlansManager(dict(plans))
+
+
+def build_network(plans: Mapping[str, Any], dataset_json: Mapping[str, Any], configuration: str, trainer: str) -> Any:
+    """The network that nnU-Net would build to predict with this model; no deep supervision, on the CPU."""
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+    from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+
+    manager = plans_manager(plans)
+    chosen = manager.get_configuration(configuration)
+    trainer_class = recursive_find_trainer_class_by_name(trainer)
+    return trainer_class.build_network_architecture(
+        manager,
+        chosen,
+        determine_num_input_channels(manager, chosen, dict(dataset_json)),
+        manager.get_label_manager(dict(dataset_json)).num_segmentation_heads,
+        enable_deep_supervision=False,
+    )
+
+
+class SlidingWindow:
+    """nnU-Net's sliding-window inference of one network on preprocessed images.
+
+    Args:
+        network: any network without deep supervision; its ``training`` flag is restored after each call.
+        mirror_axes: axes for test-time mirroring, None for none.
+    """
+
+    def __init__(
+        self,
+        network: torch.nn.Module,
+        plans: Mapping[str, Any],
+        configuration: str,
+        dataset_json: Mapping[str, Any],
+        device: torch.device,
+        mirror_axes: tuple[int, ...] | None = None,
+    ) -> None:
+        from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+        manager = plans_manager(plans)
+        self._predictor = nnUNetPredictor(device=device, allow_tqdm=False, use_mirroring=mirror_axes is not None)
+        self._predictor.manual_initialization(
+            network, manager, manager.get_configuration(configuration), None, dict(dataset_json), "", mirror_axes
+        )
+
+    def logits(self, image: np.ndarray) -> torch.Tensor:
+        """Logits (K, *spatial), float32 on the CPU, of a preprocessed image (C, *spatial)."""
+        was_training = self._predictor.network.training
+        result = self._predictor.predict_sliding_window_return_logits(torch.from_numpy(np.asarray(image[:])))
+        self._predictor.network.train(was_training)
+        return result.float().cpu().clone()
+
+
+def class_locations(seg: np.ndarray, labels: Sequence[int], with_annotated: bool) -> dict[Any, np.ndarray]:
+    """Voxel positions by class for nnU-Net's foreground oversampling, drawn as its preprocessor draws them.
+
+    Args:
+        seg: (1, *spatial) integers.
+        labels: foreground labels.
+        with_annotated: add the entry of all annotated voxels that nnU-Net samples from when an ignore label is declared.
+    """
+    from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+
+    wanted: list[Any] = list(labels)
+    if with_annotated:
+        wanted.append([-1, 0, *labels])
+    return DefaultPreprocessor._sample_foreground_locations(seg, wanted)
+
+
+def preprocessed_dataset(folder: Path) -> Any:
+    """nnU-Net's dataset object over all cases of a preprocessed folder."""
+    from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+
+    return infer_dataset_class(str(folder))(str(folder))
+
+
+def save_segmentation(seg: np.ndarray, path_without_ending: Path, patch_size: Sequence[int]) -> None:
+    """Write an int16 segmentation (1, *spatial) as blosc2, chunked for ``patch_size``, whole or not at all."""
+    import blosc2
+    from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
+
+    target = Path(f"{path_without_ending}.b2nd")
+    temporary = target.with_name(target.name + ".part")
+    temporary.unlink(missing_ok=True)
+    seg = np.ascontiguousarray(seg, dtype=np.int16)
+    blocks, chunks = comp_blosc2_params(seg.shape, tuple(patch_size), seg.itemsize)
+    blosc2.asarray(seg, urlpath=str(temporary), chunks=chunks, blocks=blocks, cparams={"nthreads": 1})
+    os.replace(temporary, target)
+
+
+def open_segmentation(path: Path) -> Any:
+    """Open what ``save_segmentation`` wrote, memory-mapped where the system allows."""
+    import blosc2
+
+    mmap = {} if os.name == "nt" else {"mmap_mode": "r"}
+    return blosc2.open(urlpath=str(path), mode="r", dparams={"nthreads": 1}, **mmap)

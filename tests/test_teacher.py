@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
+
+from nnunet_cil.losses.distillation import fold_logits
+from nnunet_cil.teacher import grow_head
+
+COMMON = {
+    "input_channels": 1,
+    "n_stages": 3,
+    "features_per_stage": (4, 8, 8),
+    "conv_op": torch.nn.Conv3d,
+    "kernel_sizes": 3,
+    "strides": (1, 2, 2),
+    "n_conv_per_stage_decoder": 1,
+    "conv_bias": True,
+    "norm_op": torch.nn.InstanceNorm3d,
+    "norm_op_kwargs": {"affine": True},
+    "nonlin": torch.nn.LeakyReLU,
+}
+
+
+def plain(n_classes: int, deep_supervision: bool = False) -> torch.nn.Module:
+    return PlainConvUNet(n_conv_per_stage=1, num_classes=n_classes, deep_supervision=deep_supervision, **COMMON)
+
+
+def residual(n_classes: int, deep_supervision: bool = False) -> torch.nn.Module:
+    return ResidualEncoderUNet(n_blocks_per_stage=1, num_classes=n_classes, deep_supervision=deep_supervision, **COMMON)
+
+
+@pytest.mark.parametrize("build", [plain, residual])
+@pytest.mark.parametrize("n_new", [1, 3])
+def test_grown_student_folds_to_teacher(build, n_new):
+    torch.manual_seed(0)
+    teacher, student = build(3), build(3 + n_new)
+    student.load_state_dict(grow_head(teacher.state_dict(), student.state_dict(), 3))
+    x = torch.randn(2, 1, 8, 8, 8)
+    with torch.no_grad():
+        folded = torch.softmax(fold_logits(student(x), 3), 1)
+        expected = torch.softmax(teacher(x), 1)
+    torch.testing.assert_close(folded, expected, atol=1e-5, rtol=0)
+
+
+def test_grown_rows_by_hand():
+    teacher = {"decoder.seg_layers.0.bias": torch.tensor([1.0, 2.0]), "decoder.seg_layers.0.weight": torch.eye(2)}
+    student = {"decoder.seg_layers.0.bias": torch.zeros(4), "decoder.seg_layers.0.weight": torch.zeros(4, 2)}
+    grown = grow_head(teacher, student, 2)
+    shifted = 1 - math.log(3)
+    torch.testing.assert_close(grown["decoder.seg_layers.0.bias"], torch.tensor([shifted, 2.0, shifted, shifted]))
+    torch.testing.assert_close(grown["decoder.seg_layers.0.weight"], torch.tensor([[1.0, 0], [0, 1], [1, 0], [1, 0]]))
+    assert grown["decoder.seg_layers.0.bias"].data_ptr() != teacher["decoder.seg_layers.0.bias"].data_ptr()
+
+
+def test_head_width_equal_to_old_class_count_is_not_mistaken_for_rows():
+    weights = plain(4).state_dict()
+    grown = grow_head(plain(4).state_dict(), plain(5).state_dict(), 4)
+    assert {key: value.shape for key, value in grown.items() if "seg_layers" not in key} == {
+        key: value.shape for key, value in weights.items() if "seg_layers" not in key
+    }
+
+
+def test_other_architecture_is_refused():
+    with pytest.raises(ValueError, match="same architecture"):
+        grow_head(plain(2).state_dict(), residual(3).state_dict(), 2)
+
+
+def test_other_features_are_refused():
+    wider = PlainConvUNet(
+        n_conv_per_stage=1, num_classes=3, deep_supervision=False, **{**COMMON, "features_per_stage": (6, 8, 8)}
+    )
+    with pytest.raises(ValueError, match="only the rows"):
+        grow_head(plain(2).state_dict(), wider.state_dict(), 2)
