@@ -1,0 +1,56 @@
+"""``nnunet-cil``: the command line."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
+
+SUBCOMMANDS = ("run", "prepare", "status", "evaluate", "env", "demo")
+INTERRUPTED = 130
+
+logger = logging.getLogger(__name__)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands; ``args.run(args)`` runs the chosen one. Imports nothing heavy."""
+    parser = argparse.ArgumentParser(
+        prog="nnunet-cil", description="Class-incremental segmentation with nnU-Net: chains of PGCD training steps."
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('nnunet-cil')}")
+    subparsers = parser.add_subparsers(title="subcommands", required=True, metavar="SUBCOMMAND")
+    for name in SUBCOMMANDS:
+        import_module(f"nnunet_cil.cli.{name}").add_parser(subparsers)
+    # Before or after the subcommand; the default lies with the outer parser only, as an inner one would overwrite it.
+    parser.set_defaults(debug=False)
+    for each in (parser, *subparsers.choices.values()):
+        each.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="say more, and show where an error arose"
+        )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``nnunet-cil``.
+
+    Args:
+        argv: arguments; None takes those of the process.
+
+    Returns:
+        The exit status: 0, 1 after an error (told on stderr), 130 after an interrupt; argparse itself exits with 2.
+    """
+    args = build_parser().parse_args(argv)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("nnunet_cil").setLevel(logging.DEBUG if args.debug else logging.INFO)
+    try:
+        return args.run(args)
+    except (ValueError, OSError, RuntimeError) as error:
+        logger.debug("Traceback of the error:", exc_info=True)
+        print(f"nnunet-cil: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("Interrupted. The same command goes on from here.", file=sys.stderr)
+        return INTERRUPTED

@@ -1,0 +1,23 @@
+"""``nnunet-cil run``: run a whole chain, or go on where it stopped."""
+
+from __future__ import annotations
+
+import argparse
+
+from nnunet_cil.cli.common import add_chain_arguments
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add the subcommand."""
+    parser = subparsers.add_parser("run", help="run a whole chain, or go on where it stopped")
+    add_chain_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the subcommand; returns the exit status."""
+    from nnunet_cil import driver
+    from nnunet_cil.schedule import load_schedule
+
+    print(driver.run(load_schedule(args.schedule), args.methods, args.seeds))
+    return 0

@@ -1,0 +1,23 @@
+"""``nnunet-cil status``: say where a chain stands."""
+
+from __future__ import annotations
+
+import argparse
+
+from nnunet_cil.cli.common import add_chain_arguments
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add the subcommand."""
+    parser = subparsers.add_parser("status", help="say where a chain stands")
+    add_chain_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the subcommand; returns the exit status."""
+    from nnunet_cil import driver
+    from nnunet_cil.schedule import load_schedule
+
+    print(driver.status(load_schedule(args.schedule), args.methods, args.seeds))
+    return 0

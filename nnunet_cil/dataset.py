@@ -1,0 +1,465 @@
+"""A step's nnU-Net dataset: which cases, which labels, whose plans.
+
+``prepare_chain`` turns a schedule into ``DatasetNNN_NAME_stepT`` folders in nnUNet_raw and nnUNet_preprocessed. All
+sources are read and checked before anything is written.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+
+from nnunet_cil import nnunet_api
+from nnunet_cil.block import BLOCK_KEY, StepBlock
+from nnunet_cil.chain import JOINT, Chain, Variant, write_json
+from nnunet_cil.intensity import set_intensity, warn_of_clipping
+from nnunet_cil.labels import apply_remap, cumulative_labels, remap_table
+from nnunet_cil.plan_override import apply_override
+from nnunet_cil.schedule import Schedule
+from nnunet_cil.step_files import STEP_FILE, read_step_file
+
+logger = logging.getLogger(__name__)
+
+SPACING_TOLERANCE = 1e-3
+PARALLEL_FROM_CASES = 60
+
+
+@dataclass(frozen=True)
+class Case:
+    """One subject of a step: its files, and where its own label values go.
+
+    Args:
+        table: own label value -> the step's (or the final) label value.
+        labelled: target values that the source labels at all; others are unknown in this case, not absent.
+    """
+
+    name: str
+    images: tuple[Path, ...]
+    label: Path
+    table: Mapping[int, int]
+    labelled: tuple[int, ...]
+
+
+def dataset_json_of(folder: Path) -> dict[str, Any]:
+    """A raw dataset's dataset.json."""
+    return json.loads((folder / "dataset.json").read_text())
+
+
+def final_labels(schedule: Schedule, step: int, own: Mapping[str, Any]) -> dict[str, int]:
+    """Cumulative labels of a step, with an ignore label behind them if the source declares one."""
+    labels = cumulative_labels([s.classes for s in schedule.steps], step)
+    return {**labels, "ignore": len(labels)} if "ignore" in own else labels
+
+
+def step_source(schedule: Schedule, step: int) -> Path:
+    """Raw dataset folder that a step's cases come from."""
+    folder = schedule.steps[step - 1].dataset or schedule.source
+    if folder is None:
+        raise ValueError(f"{schedule.file}: steps[{step - 1}]: got no dataset and no source.")
+    return folder
+
+
+def step_cases(schedule: Schedule, step: int) -> list[Case]:
+    """Training cases of a step, sorted by name; test subjects are never among them."""
+    folder = step_source(schedule, step)
+    dataset_json = dataset_json_of(folder)
+    own = dataset_json["labels"]
+    target = final_labels(schedule, step, own)
+    new = schedule.steps[step - 1]
+    class_map = new.class_map if new.class_map is not None else {name: name for name in new.classes}
+    table = remap_table(own, class_map, target)
+    labelled = tuple(target[name] for name in new.classes)
+    held_out = _test_subjects(schedule, folder)
+    listed = nnunet_api.training_cases(folder)
+    names = [name for name in sorted(listed) if name not in held_out]
+    if schedule.train_subjects is not None and new.dataset is None:
+        names = [name for name in names if name in set(schedule.train_subjects)]
+    if new.dataset is None and schedule.images == "disjoint":
+        names = disjoint_parts(names, len(schedule.steps), schedule.training.seed or 0)[step - 1]
+    return [Case(name, tuple(listed[name][0]), listed[name][1], table, labelled) for name in names]
+
+
+def joint_cases(schedule: Schedule) -> list[Case]:
+    """All training cases of a cut-up dataset with all its labels.
+
+    Raises:
+        ValueError: the steps have datasets of their own, in which the organs of other steps are not labelled.
+    """
+    if schedule.source is None:
+        raise ValueError(
+            f"{schedule.file}: --methods: got 'joint' for steps with datasets of their own, expected one `source` that "
+            "labels all classes: in partly labelled images the other organs would be learned as background. Leave "
+            "'joint' out."
+        )
+    together = replace(schedule.steps[0], classes=schedule.classes)
+    everything = replace(schedule, steps=(together,), images="shared")
+    return step_cases(everything, 1)
+
+
+def disjoint_parts(names: Sequence[str], n_parts: int, seed: int) -> list[list[str]]:
+    """Deal subjects to steps: a seeded permutation cut into parts whose sizes differ by at most one; sorted in each."""
+    order = np.random.default_rng(seed).permutation(len(names))
+    return [sorted(names[i] for i in part) for part in np.array_split(order, n_parts)]
+
+
+def _test_subjects(schedule: Schedule, folder: Path) -> set[str]:
+    held_out: set[str] = set()
+    for test in schedule.test:
+        if test.dataset is not None and test.dataset.resolve() == folder.resolve():
+            if test.subjects is not None:
+                held_out |= set(test.subjects)
+            elif test.images.name == "imagesTr":
+                held_out |= set(nnunet_api.training_cases(folder))
+    return held_out
+
+
+@dataclass(frozen=True)
+class _Scan:
+    counts: dict[int, int]
+    problem: str | None
+
+
+def _scan(case: Case, dataset_json: dict[str, Any]) -> _Scan:
+    """Read one case's label file and image headers; never raises."""
+    for path in case.images:
+        if not path.is_file():
+            return _Scan({}, f"{path}: got no file, expected the image of label {case.label.name}.")
+    if not case.images:
+        return _Scan({}, f"{case.label}: got no image for this label, expected {case.name}_0000 in imagesTr.")
+    if not case.label.is_file():
+        return _Scan({}, f"{case.label}: got no file, expected the label of image {case.images[0].name}.")
+    if len(case.images) != len(dataset_json["channel_names"]):
+        return _Scan(
+            {},
+            f"{case.name}: got {len(case.images)} images, expected one for each of the "
+            f"{len(dataset_json['channel_names'])} channel_names of dataset.json.",
+        )
+    try:
+        reader = nnunet_api.reader_writer(dataset_json, case.label)
+        seg, _ = reader.read_seg(str(case.label))
+        difference = _grid_difference(case.images, case.label)
+    except Exception as error:
+        return _Scan({}, f"{case.label}: got an unreadable image or label ({error}), expected files nnU-Net can read.")
+    if difference:
+        return _Scan({}, f"{case.label}: {difference}")
+    values, counts = np.unique(seg, return_counts=True)
+    if unknown := [v for v in values.tolist() if v not in case.table]:
+        return _Scan(
+            {},
+            f"{case.label}: got label values {unknown}, expected only {sorted(case.table)} of dataset.json.",
+        )
+    return _Scan({int(v): int(n) for v, n in zip(values, counts, strict=True)}, None)
+
+
+def _grid_difference(images: Sequence[Path], label: Path) -> str:
+    if not label.name.endswith((".nii.gz", ".nii", ".nrrd", ".mha")):
+        return ""
+    headers = []
+    for path in (label, *images):
+        reader = sitk.ImageFileReader()
+        reader.SetFileName(str(path))
+        reader.ReadImageInformation()
+        headers.append((reader.GetSize(), reader.GetSpacing()))
+    for path, (size, spacing) in zip(images, headers[1:], strict=True):
+        if size != headers[0][0]:
+            return f"got size {headers[0][0]}, expected {size} as {path.name}."
+        if not np.allclose(spacing, headers[0][1], rtol=SPACING_TOLERANCE):
+            return f"got spacing {headers[0][1]} mm, expected {spacing} mm as {path.name}."
+    return ""
+
+
+def check_sources(schedule: Schedule, with_joint: bool) -> dict[int, list[Case]]:
+    """Read every label file once and check it; returns the cases by step.
+
+    Raises:
+        ValueError: all problems at once: images without labels and the reverse, label values that dataset.json does not
+            have, grids that differ, a step without cases or without any voxel of one of its classes.
+    """
+    by_step = {step: step_cases(schedule, step) for step in range(1, len(schedule.steps) + 1)}
+    problems: list[str] = []
+    counts: dict[int, Counter] = {step: Counter() for step in by_step}
+    scanned: dict[tuple[Path, int], _Scan] = {}
+    for step, cases in by_step.items():
+        folder = step_source(schedule, step)
+        problems += [p for p in _labels_without_images(folder, cases, schedule) if p not in problems]
+        dataset_json = dataset_json_of(folder)
+        todo = [case for case in cases if (case.label, 0) not in scanned]
+        scanned.update(zip([(case.label, 0) for case in todo], _scan_all(todo, dataset_json), strict=True))
+        for case in cases:
+            scan = scanned[(case.label, 0)]
+            if scan.problem and scan.problem not in problems:
+                problems.append(scan.problem)
+            for value, number in scan.counts.items():
+                counts[step][case.table[value]] += number
+        if not cases:
+            problems.append(
+                f"{schedule.file}: steps[{step - 1}]: got no training case in {folder}, expected at least one that is "
+                "not a test subject."
+            )
+        elif not any(scanned[(case.label, 0)].problem for case in cases):
+            problems += [
+                f"{schedule.file}: steps[{step - 1}]: got no voxel of {name!r} in the labels of its {len(cases)} cases, "
+                "expected at least one. Check the class map, or move the class to a step that has it."
+                for name in schedule.steps[step - 1].classes
+                if not counts[step][final_labels(schedule, step, {})[name]]
+            ]
+    if with_joint:
+        joint_cases(schedule)
+    if problems:
+        raise ValueError("the data do not fit the schedule; nothing was written:\n  " + "\n  ".join(problems))
+    return by_step
+
+
+def _labels_without_images(folder: Path, cases: Sequence[Case], schedule: Schedule) -> list[str]:
+    ending = dataset_json_of(folder)["file_ending"]
+    if "dataset" in dataset_json_of(folder):
+        return []
+    images = set(nnunet_api.image_lists(folder / "imagesTr", ending))
+    labels = {path.name[: -len(ending)] for path in (folder / "labelsTr").iterdir() if path.name.endswith(ending)}
+    return [
+        f"{folder / 'labelsTr' / (name + ending)}: got a label without an image, expected {name}_0000{ending} in imagesTr."
+        for name in sorted(labels - images)
+    ]
+
+
+def _scan_all(cases: Sequence[Case], dataset_json: dict[str, Any]) -> list[_Scan]:
+    if len(cases) < PARALLEL_FROM_CASES or nnunet_api.worker_count(len(cases)) < 3:
+        return [_scan(case, dataset_json) for case in cases]
+    with ProcessPoolExecutor(nnunet_api.worker_count(len(cases)), mp_context=get_context("spawn")) as pool:
+        return list(pool.map(_scan, cases, [dataset_json] * len(cases), chunksize=4))
+
+
+def link(source: Path, target: Path) -> None:
+    """Hard link; a symbolic link where that is impossible; a copy where neither is."""
+    source = source.resolve()
+    for make in (os.link, os.symlink, shutil.copyfile):
+        try:
+            make(source, target)
+            return
+        except OSError as error:
+            if make is shutil.copyfile:
+                raise
+            logger.debug("%s of %s: %s", make.__name__, source, error)
+
+
+def write_raw(chain: Chain, step: int | str, cases: Sequence[Case], labels: Mapping[str, int], source: Path) -> None:
+    """Write a step's raw dataset: linked images, relabelled labels; whole or not at all. An existing one is kept."""
+    folder = chain.raw(step)
+    chain.check_not_foreign(folder)
+    if folder.exists():
+        return
+    own = dataset_json_of(source)
+    ending = own["file_ending"]
+    partial = folder.with_name(f".cil_{folder.name}.part")
+    shutil.rmtree(partial, ignore_errors=True)
+    for name in ("imagesTr", "labelsTr"):
+        (partial / name).mkdir(parents=True)
+    reader = nnunet_api.reader_writer(own, cases[0].images[0])
+    for case in cases:
+        for channel, image in enumerate(case.images):
+            link(image, partial / "imagesTr" / f"{case.name}_{channel:04d}{ending}")
+        seg, properties = reader.read_seg(str(case.label))
+        reader.write_seg(
+            apply_remap(seg[0], case.table), str(partial / "labelsTr" / f"{case.name}{ending}"), properties
+        )
+    kept = {key: own[key] for key in ("channel_names", "file_ending", "overwrite_image_reader_writer") if key in own}
+    write_json(partial / "dataset.json", {**kept, "labels": dict(labels), "numTraining": len(cases)})
+    write_json(partial / STEP_FILE, {"chain": chain.schedule.name, "step": step, "n_cases": len(cases)})
+    os.replace(partial, folder)
+    logger.info("%s: %d cases, labels %s", folder.name, len(cases), dict(labels))
+
+
+def write_test_set(chain: Chain) -> None:
+    """Link the test images and relabel their labels to the final numbers, in the chain's ``test`` folder."""
+    folder = chain.folder / "test"
+    schedule = chain.schedule
+    if (folder / "test.json").is_file() or not schedule.test:
+        return
+    partial = chain.folder / ".test.part"
+    shutil.rmtree(partial, ignore_errors=True)
+    for name in ("images", "labels"):
+        (partial / name).mkdir(parents=True)
+    target = final_labels(schedule, chain.n_steps, {"ignore": None})
+    own = dataset_json_of(step_source(schedule, 1))
+    ending = own["file_ending"]
+    listing: dict[str, Any] = {}
+    for number, test in enumerate(schedule.test):
+        table = remap_table(test.values, test.class_map, target)
+        labelled = sorted({target[name] for name in test.class_map.values() if name is not None})
+        images = nnunet_api.image_lists(test.images, ending, test.subjects)
+        if missing := set(test.subjects or ()) - set(images):
+            raise ValueError(f"{test.images}: got no images of test subjects {sorted(missing)}.")
+        for case, files in images.items():
+            name = case if case not in listing else f"set{number}_{case}"
+            reader = nnunet_api.reader_writer(own, files[0])
+            label = test.labels / f"{case}{ending}"
+            if not label.is_file():
+                raise ValueError(f"{label}: got no file, expected the label of test image {files[0].name}.")
+            for channel, image in enumerate(files):
+                link(image, partial / "images" / f"{name}_{channel:04d}{ending}")
+            seg, properties = reader.read_seg(str(label))
+            reader.write_seg(apply_remap(seg[0], table), str(partial / "labels" / f"{name}{ending}"), properties)
+            listing[name] = {"labelled": labelled, "set": number}
+    content = {"ignore": target["ignore"], "file_ending": ending, "cases": listing}
+    write_json(partial / "test.json", content)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+    logger.info("test set: %d subjects", len(listing))
+
+
+def prepare_chain(chain: Chain, variants: Sequence[Variant]) -> None:
+    """Make all datasets, plans and preprocessed data of a chain; what is there and whole is kept.
+
+    Raises:
+        ValueError: the data do not fit the schedule (nothing was written), or the plan cannot be made.
+        FileExistsError: a dataset of somebody else is in the way.
+    """
+    schedule = chain.schedule
+    with_joint = any(variant.method == JOINT for variant in variants)
+    steps: list[int | str] = [*range(1, chain.n_steps + 1), *([JOINT] if with_joint else [])]
+    for step in steps:
+        for folder in (chain.raw(step), chain.preprocessed(step)):
+            chain.check_not_foreign(folder)
+    if not all(_is_prepared(chain, step) for step in steps) or not (chain.folder / "test" / "test.json").is_file():
+        cases: dict[int | str, list[Case]] = dict(check_sources(schedule, with_joint))
+        if with_joint:
+            cases[JOINT] = joint_cases(schedule)
+        chain.save()
+        write_test_set(chain)
+        for step in steps:
+            number = chain.n_steps if step == JOINT else int(step)
+            source = step_source(schedule, 1 if step == JOINT else number)
+            labels = final_labels(schedule, number, dataset_json_of(source)["labels"])
+            write_raw(chain, step, cases[step], labels, source)
+            _plan(chain, step)
+            if step == 1:
+                _warn_of_clipping(chain, cases)
+            _preprocess(chain, step)
+    for variant in variants:
+        write_variant_plans(chain, variant)
+    chain.save()
+
+
+def _is_prepared(chain: Chain, step: int | str) -> bool:
+    marker = read_step_file(chain.preprocessed(step)) if chain.raw(step).is_dir() else None
+    return marker is not None and chain.schedule.configuration in marker.get("configurations", ())
+
+
+def base_plans(chain: Chain) -> dict[str, Any]:
+    """Plans of step 1, which all steps share, without block."""
+    path = chain.preprocessed(1) / f"{chain.content['plans_name']}.json"
+    return {key: value for key, value in json.loads(path.read_text()).items() if key != BLOCK_KEY}
+
+
+def _plan(chain: Chain, step: int | str) -> None:
+    """Fingerprint, splits, dataset.json and plans of one step, in its preprocessed folder."""
+    folder = chain.preprocessed(step)
+    n_cases = dataset_json_of(chain.raw(step))["numTraining"]
+    if _is_prepared(chain, step):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    marker = {"chain": chain.schedule.name, "step": step, "n_cases": n_cases, "complete": [], "configurations": []}
+    write_json(folder / STEP_FILE, marker)
+    shutil.copyfile(chain.raw(step) / "dataset.json", folder / "dataset.json")
+    if not (folder / "dataset_fingerprint.json").is_file():
+        nnunet_api.fingerprint(chain.dataset_id(step), nnunet_api.worker_count(n_cases))
+    names = sorted(nnunet_api.training_cases(chain.raw(step)))
+    write_json(folder / "splits_final.json", nnunet_api.crossval_splits(names))
+    if step == 1:
+        _plan_first_step(chain)
+    else:
+        plans = {**base_plans(chain), "dataset_name": chain.dataset_name(step)}
+        write_json(folder / f"{chain.content['plans_name']}.json", plans)
+
+
+def _plan_first_step(chain: Chain) -> None:
+    schedule, folder = chain.schedule, chain.preprocessed(1)
+    if schedule.base_plans is not None:
+        plans = json.loads(schedule.base_plans.read_text())
+        plans["dataset_name"] = chain.dataset_name(1)
+        name = plans["plans_name"]
+    else:
+        name = nnunet_api.plan(chain.dataset_id(1), schedule.planner)
+        plans = json.loads((folder / f"{name}.json").read_text())
+    if schedule.configuration not in plans["configurations"]:
+        raise ValueError(
+            f"{schedule.file}: configuration: got {schedule.configuration!r}, expected one that nnU-Net planned for this "
+            f"data: {sorted(plans['configurations'])}."
+        )
+    plans.pop(BLOCK_KEY, None)
+    plans = apply_override(plans, schedule.configuration, schedule.plans)
+    plans = set_intensity(plans, schedule.intensity, chain.raw(1))
+    write_json(folder / f"{name}.json", plans)
+    chain.content["plans_name"] = name
+    chain.save()
+
+
+def _warn_of_clipping(chain: Chain, cases: Mapping[int | str, Sequence[Case]]) -> None:
+    for step in range(1, chain.n_steps + 1):
+        labels = cumulative_labels([s.classes for s in chain.schedule.steps], step)
+        names = {labels[name]: name for name in chain.schedule.steps[step - 1].classes}
+        own = dataset_json_of(step_source(chain.schedule, step))
+        warn_of_clipping(base_plans(chain), chain.schedule.configuration, own, cases[step], names, step)
+
+
+def _preprocess(chain: Chain, step: int | str) -> None:
+    if _is_prepared(chain, step):
+        return
+    configuration, name = chain.schedule.configuration, chain.content["plans_name"]
+    n_cases = dataset_json_of(chain.raw(step))["numTraining"]
+    nnunet_api.preprocess(chain.dataset_id(step), name, configuration, nnunet_api.worker_count(n_cases))
+    marker = read_step_file(chain.preprocessed(step)) or {}
+    identifier = nnunet_api.plans_manager(base_plans(chain)).get_configuration(configuration).data_identifier
+    marker["complete"] = sorted({*marker["complete"], identifier})
+    marker["configurations"] = sorted({*marker["configurations"], configuration})
+    write_json(chain.preprocessed(step) / STEP_FILE, marker)
+
+
+def write_variant_plans(chain: Chain, variant: Variant) -> None:
+    """Plans with the ``"cil"`` block for each step of a variant; plans that are there already stay as they are."""
+    steps: Sequence[int | str] = [JOINT] if variant.method == JOINT else range(1, chain.n_steps + 1)
+    for step in steps:
+        owner = chain.first_step(variant.seed) if step == 1 else variant
+        name = chain.plans_name(owner)
+        plans = {**base_plans(chain), "dataset_name": chain.dataset_name(step), "plans_name": name}
+        plans[BLOCK_KEY] = block_of(chain, owner, step).to_json()
+        write_json(chain.preprocessed(step) / f"{name}.json", plans)
+
+
+def block_of(chain: Chain, variant: Variant, step: int | str) -> StepBlock:
+    """The block of a variant's step. Joint has one step, that learns all classes for as long as all steps together."""
+    schedule = chain.schedule
+    training = replace(schedule.training, seed=variant.seed)
+    classes = tuple(s.classes for s in schedule.steps)
+    teacher = None
+    if step == JOINT:
+        number, classes = 1, (schedule.classes,)
+        training = replace(training, epochs=training.epochs * chain.n_steps)
+    else:
+        number = int(step)
+        classes = classes[:number]
+    if number > 1:
+        folder = chain.model_folder(variant, number - 1)
+        teacher = folder.relative_to(chain.paths["nnUNet_results"]).as_posix()
+    return StepBlock(
+        chain=schedule.name,
+        step=number,
+        classes=classes,
+        method=variant.method,
+        settings=dict(schedule.method),
+        training=training,
+        mirror_axes=schedule.mirror_axes,
+        teacher=teacher,
+    )

@@ -1,0 +1,465 @@
+"""The nnUNetTrainer subclass that makes training incremental. Methods differ only in ``objective_class``."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from time import monotonic
+
+import numpy as np
+import torch
+from nnunetv2.paths import nnUNet_results
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.collate_outputs import collate_outputs
+from torch import distributed as dist
+from torch import nn
+from torch._dynamo import OptimizedModule
+from torch.nn.functional import interpolate
+from torch.nn.parallel import DistributedDataParallel
+
+from nnunet_cil import nnunet_api
+from nnunet_cil.block import StepBlock
+from nnunet_cil.extraction import accumulate_prototypes, transported
+from nnunet_cil.features import FeatureTap, last_decoder_stage
+from nnunet_cil.logging_terms import TERM_PREFIX, TermLogger
+from nnunet_cil.objectives.base import Objective
+from nnunet_cil.objectives.finetune import Finetune
+from nnunet_cil.prototypes import PrototypeStore
+from nnunet_cil.pseudo_labels import PseudoLabelCache, PseudoLabelDataset, merge_pseudo_labels
+from nnunet_cil.step_files import check_step_files
+from nnunet_cil.teacher import PROTOTYPE_FILE, Teacher, check_teacher, grow_head, load_teacher, sha256_of
+
+COST_FILE = "cost.json"
+
+
+class WarmupPolyLRScheduler(PolyLRScheduler):
+    """nnU-Net's polynomial decay, scaled up linearly over the first ``warmup_epochs``."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, initial_lr: float, max_steps: int, warmup_epochs: int) -> None:
+        self.warmup_epochs = warmup_epochs
+        super().__init__(optimizer, initial_lr, max_steps)
+
+    def step(self, current_step: int | None = None) -> None:
+        super().step(current_step)
+        epoch = self.ctr - 1 if current_step is None or current_step == -1 else current_step
+        if epoch < self.warmup_epochs:
+            for group in self.optimizer.param_groups:
+                group["lr"] *= (epoch + 1) / (self.warmup_epochs + 1)
+
+
+def unwrap(network: nn.Module) -> nn.Module:
+    """The module inside of DistributedDataParallel and torch.compile."""
+    if isinstance(network, DistributedDataParallel):
+        network = network.module
+    return network._orig_mod if isinstance(network, OptimizedModule) else network
+
+
+class IncrementalTrainer(nnUNetTrainer):
+    """Trains one step of a chain: stock nnU-Net at step 1, with teacher, pseudo-labels and loss terms after it.
+
+    What the step is stands in ``plans["cil"]`` (see ``block.StepBlock``). A subclass names its ``objective_class``.
+    """
+
+    objective_class: type[Objective] = Finetune
+
+    def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):  # noqa: B008
+        self.block = StepBlock.from_plans(plans, dataset_json)
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        training = self.block.training
+        self.num_epochs = training.epochs
+        self.num_iterations_per_epoch = training.iterations_per_epoch
+        self.num_val_iterations_per_epoch = training.val_iterations_per_epoch
+        self.initial_lr = training.initial_lr if self.block.step == 1 else training.later_lr
+        self.enable_deep_supervision = training.deep_supervision
+        self.teacher: Teacher | None = None
+        self.objective: Objective | None = None
+        self._taps: dict[str, FeatureTap] = {}
+        self._cache: PseudoLabelCache | None = None
+        self._resumed: dict | None = None
+        self._last_save = monotonic()
+        self._seconds_training = 0.0
+        self._validation_limit = sys.maxsize
+        self.logger.local_logger = TermLogger()
+        ignoring = {**dataset_json, "labels": {**dataset_json["labels"], "ignore": self.block.n_classes}}
+        self._ignoring_label_manager = self.plans_manager.get_label_manager(ignoring)
+
+    @property
+    def incremental(self) -> bool:
+        """Whether this is a step with a teacher."""
+        return self.block.step > 1
+
+    @property
+    def online(self) -> bool:
+        """Whether pseudo-labels come from the teacher's prediction of each patch."""
+        return self.incremental and self.block.settings["pseudo_labels"] == "online"
+
+    def initialize(self):
+        self._seed()
+        super().initialize()
+        last_decoder_stage(unwrap(self.network))
+
+    def configure_optimizers(self):
+        optimizer, scheduler = super().configure_optimizers()
+        if self.incremental and self.block.training.warmup_epochs:
+            warmup = self.block.training.warmup_epochs
+            scheduler = WarmupPolyLRScheduler(optimizer, self.initial_lr, self.num_epochs, warmup)
+        return optimizer, scheduler
+
+    def _seed(self) -> None:
+        if self.block.training.seed is not None:
+            seed = self.block.training.seed + self.local_rank
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            torch.manual_seed(seed)
+
+    @contextmanager
+    def _ignoring_unsure_voxels(self) -> Iterator[None]:
+        """Let nnU-Net's own code see the pseudo-labels' ignore id as declared ignore label."""
+        declared = self.label_manager
+        if self.incremental:
+            self.label_manager = self._ignoring_label_manager
+        try:
+            yield
+        finally:
+            self.label_manager = declared
+
+    def _build_loss(self):
+        with self._ignoring_unsure_voxels():
+            return super()._build_loss()
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self):  # noqa: N802
+        rotation, dummy_2d, initial_patch_size, mirror_axes = (
+            super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        )
+        if self.block.mirror_axes is not None:
+            mirror_axes = self.block.mirror_axes or None
+            self.inference_allowed_mirroring_axes = mirror_axes
+        return rotation, dummy_2d, initial_patch_size, mirror_axes
+
+    def get_training_transforms(self, *args, **kwargs):
+        composed = nnUNetTrainer.get_training_transforms(*args, **kwargs)
+        if self.block.training.seed is not None:
+            for transform in composed.transforms:
+                blur = getattr(transform, "transform", transform)
+                if hasattr(blur, "benchmark"):
+                    blur.benchmark = False  # chooses its algorithm by wall clock, so seeded runs would differ
+        return composed
+
+    def on_train_start(self):
+        if not self.was_initialized:
+            self.initialize()
+        check_step_files(Path(self.preprocessed_dataset_folder_base), self.configuration_manager.data_identifier)
+        self._seed()
+        if self.incremental:
+            self._load_teacher()
+        super().on_train_start()
+        if self._resumed is not None and not dist.is_initialized():
+            _set_random_state(self._resumed["random"])
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def _load_teacher(self) -> None:
+        """Restore the teacher from the block; on a fresh start also grow the student from it."""
+        block = self.block
+        folder = Path(str(nnUNet_results)) / block.teacher
+        self.teacher = load_teacher(folder, self.fold, block.teacher_checkpoint, self.device)
+        plans = self.plans_manager.plans
+        check_teacher(self.teacher, plans, self.dataset_json, self.configuration_name, block.old_classes)
+        student = unwrap(self.network)
+        if self._resumed is None:
+            student.load_state_dict(grow_head(self.teacher.weights, student.state_dict(), block.n_old))
+        path = last_decoder_stage(student)
+        self._taps = {"student": FeatureTap(student, path), "teacher": FeatureTap(self.teacher.network, path)}
+        self.print_to_log_file(
+            f"Step {block.step} ({self.objective_class.__name__}): teacher {block.teacher}, fold {self.fold}, "
+            f"sha256 {self.teacher.sha256[:16]}; old classes {list(block.old_classes)}, new {list(block.new_classes)}"
+        )
+
+    def get_tr_and_val_datasets(self):
+        training, validation = super().get_tr_and_val_datasets()
+        self._check_new_classes(training)
+        if not self.incremental:
+            return training, validation
+        needs_labels = self.objective_class.uses_pseudo_labels or self.objective_class.uses_prototypes
+        labelled_by_teacher = sorted({*(training.identifiers if needs_labels else ()), *validation.identifiers})
+        if self.block.settings["pseudo_labels"] != "off" and not self.online:
+            self._cache = self._make_pseudo_labels(labelled_by_teacher)
+            validation = PseudoLabelDataset(validation, self._cache)
+            if self.objective_class.uses_pseudo_labels:
+                training = PseudoLabelDataset(training, self._cache)
+        self._build_objective(training)
+        return training, validation
+
+    def _check_new_classes(self, training) -> None:
+        missing = dict.fromkeys(range(self.block.n_old, self.block.n_classes))
+        for case in training.identifiers:
+            locations = training.load_case(case)[3]["class_locations"]
+            for label in [label for label in missing if len(locations.get(label, ()))]:
+                del missing[label]
+            if not missing:
+                return
+        names = [self.block.new_classes[label - self.block.n_old] for label in missing]
+        raise ValueError(
+            f"{self.plans_manager.dataset_name}, fold {self.fold}: got no voxel of {names} in any of the "
+            f"{len(training.identifiers)} training cases, expected at least one. Check the labels or the class map."
+        )
+
+    def _make_pseudo_labels(self, cases: list[str]) -> PseudoLabelCache:
+        settings, block = self.block.settings, self.block
+        mirror_axes = self.teacher.mirror_axes if settings["pseudo_label_mirroring"] else None
+        key = {
+            "teacher": self.teacher.sha256,
+            "configuration": self.configuration_name,
+            "data": self.configuration_manager.data_identifier,
+            "n_classes": block.n_classes,
+            "tau_old": settings["tau_old"],
+            "tau_background": settings["tau_background"],
+            "mirror_axes": mirror_axes,
+        }
+        cache = PseudoLabelCache(Path(self.preprocessed_dataset_folder_base) / "pseudo_labels", key)
+        window = nnunet_api.SlidingWindow(
+            self.teacher.network,
+            self.teacher.plans,
+            self.configuration_name,
+            self.teacher.dataset_json,
+            self.device,
+            mirror_axes,
+        )
+        mine = cases[self.local_rank :: dist.get_world_size() if self.is_ddp else 1]
+        made = cache.fill(
+            nnunet_api.preprocessed_dataset(Path(self.preprocessed_dataset_folder)),
+            mine,
+            window.logits,
+            self.configuration_manager.patch_size,
+            self.label_manager.has_ignore_label,
+            self.print_to_log_file,
+        )
+        if self.is_ddp:
+            dist.barrier()
+        self.print_to_log_file(f"pseudo-labels: {made} cases made, {len(cases)} in use, in {cache.folder.name}")
+        return cache
+
+    def _build_objective(self, training) -> None:
+        block = self.block
+        prototypes = self.teacher.prototypes
+        if self.objective_class.uses_prototypes and prototypes is None:
+            self.print_to_log_file("The teacher has no prototypes.npz: taking its confident predictions on this step.")
+            prototypes = self._extract(self.teacher.network, training, block.n_old, self.teacher.sha256, None)
+        self.objective = self.objective_class(block.n_old, block.n_classes, block.settings, prototypes).to(self.device)
+        if self._cache is not None and self.objective.uses_pseudo_labels:
+            self.objective.set_label_counts(torch.from_numpy(self._cache.counts(training.identifiers)))
+        if self._resumed is not None:
+            self.objective.load_state_dict(self._resumed["objective"])
+        if not (self.objective.uses_teacher or self.online):
+            for tap in self._taps.values():
+                tap.remove()
+
+    def _autocast(self):
+        return torch.autocast(self.device.type) if self.device.type == "cuda" else nullcontext()
+
+    @torch.no_grad()
+    def _teacher_logits(self, data: torch.Tensor) -> torch.Tensor:
+        return self.teacher.network(data)
+
+    def _with_online_labels(self, target, teacher_logits: torch.Tensor):
+        """y^ from the patch's own teacher prediction, at every resolution of the target."""
+        settings = self.block.settings
+        taus = (settings["tau_old"], settings["tau_background"])
+        full = target[0] if isinstance(target, list) else target
+        merged = merge_pseudo_labels(full, teacher_logits, *taus, ignore_id=self.block.n_classes)
+        if not isinstance(target, list):
+            return merged
+        as_float = merged.float()
+        lower = [interpolate(as_float, size=t.shape[2:], mode="nearest-exact").to(full.dtype) for t in target[1:]]
+        return [merged, *lower]
+
+    def train_step(self, batch: dict) -> dict:
+        if not self.incremental:
+            return super().train_step(batch)
+        data = batch["data"].to(self.device, non_blocking=True)
+        target = batch["target"]
+        if isinstance(target, list):
+            target = [t.to(self.device, non_blocking=True) for t in target]
+        else:
+            target = target.to(self.device, non_blocking=True)
+        self.optimizer.zero_grad(set_to_none=True)
+        with self._autocast():
+            distils = self.objective.uses_teacher
+            teacher_logits = self._teacher_logits(data) if distils or self.online else None
+            if self.online and self.objective.uses_pseudo_labels:
+                target = self._with_online_labels(target, teacher_logits)
+            output = self.network(data)
+            terms = {"segmentation": self.loss(output, target)}
+        if distils:
+            terms |= self.objective(
+                output[0] if isinstance(output, (list, tuple)) else output,
+                teacher_logits,
+                self._taps["student"].features,
+                self._taps["teacher"].features,
+                (target[0] if isinstance(target, list) else target)[:, 0].long(),
+            )
+        total = torch.stack([term.float() for term in terms.values()]).sum()
+        if self.grad_scaler is not None:
+            self.grad_scaler.scale(total).backward()
+            self.grad_scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.network.parameters(), 12)
+            self.grad_scaler.step(self.optimizer)
+            self.grad_scaler.update()
+        else:
+            total.backward()
+            nn.utils.clip_grad_norm_(self.network.parameters(), 12)
+            self.optimizer.step()
+        values = torch.stack([total, *terms.values()]).detach().float().cpu().numpy()
+        return {"loss": values[0], **{TERM_PREFIX + n: v for n, v in zip(terms, values[1:], strict=True)}}
+
+    def on_train_epoch_end(self, train_outputs: list[dict]):
+        super().on_train_epoch_end(train_outputs)
+        outputs = collate_outputs(train_outputs)
+        for name in sorted(key for key in outputs if key.startswith(TERM_PREFIX)):
+            values = outputs[name]
+            if self.is_ddp:
+                values = [None] * dist.get_world_size()
+                dist.all_gather_object(values, outputs[name])
+            mean = float(np.mean(np.concatenate([np.ravel(value) for value in np.atleast_1d(values)])))
+            self.logger.log(name, mean, self.current_epoch)
+            self.print_to_log_file(f"{name} {mean:.5f}")
+
+    def validation_step(self, batch: dict) -> dict:
+        if self.online:
+            batch = dict(batch)
+            with self._autocast():
+                logits = self._teacher_logits(batch["data"].to(self.device, non_blocking=True)).cpu()
+            batch["target"] = self._with_online_labels(batch["target"], logits)
+        with self._ignoring_unsure_voxels():
+            return super().validation_step(batch)
+
+    def on_epoch_end(self):
+        due = monotonic() - self._last_save >= 60 * self.block.training.checkpoint_minutes
+        self.save_every = 1 if due else sys.maxsize
+        started = self.logger.get_value("epoch_start_timestamps", step=-1)
+        super().on_epoch_end()
+        self._seconds_training += self.logger.get_value("epoch_end_timestamps", step=-1) - started
+
+    def save_checkpoint(self, filename: str) -> None:
+        """nnU-Net's checkpoint plus the objective's and the random generators' state; whole or not at all."""
+        if self.local_rank != 0 or self.disable_checkpointing:
+            return super().save_checkpoint(filename)
+        partial = f"{filename}.part"
+        super().save_checkpoint(partial)
+        checkpoint = torch.load(partial, map_location="cpu", weights_only=False)
+        checkpoint["cil"] = {
+            "objective": {} if self.objective is None else self.objective.state_dict(),
+            "random": _random_state(),
+            "seconds_training": self._seconds_training,
+        }
+        torch.save(checkpoint, partial)
+        os.replace(partial, filename)
+        self._last_save = monotonic()
+        return None
+
+    def load_checkpoint(self, filename_or_checkpoint) -> None:
+        if isinstance(filename_or_checkpoint, str):
+            filename_or_checkpoint = torch.load(filename_or_checkpoint, map_location="cpu", weights_only=False)
+        if "cil" not in filename_or_checkpoint:
+            raise ValueError(
+                f"{self.output_folder}: got a checkpoint that {type(self).__name__} did not write, expected one of its "
+                "own to go on from. Remove it and start anew."
+            )
+        super().load_checkpoint(filename_or_checkpoint)
+        self._resumed = filename_or_checkpoint["cil"]
+        self._seconds_training = self._resumed["seconds_training"]
+
+    def do_split(self):
+        training, validation = super().do_split()
+        return training, validation[: self._validation_limit]
+
+    def perform_actual_validation(self, save_probabilities: bool = False):
+        limit = self.block.training.validation_cases
+        if limit is None:
+            limit = 0 if self.fold == "all" else sys.maxsize
+        if limit == 0:
+            folder = Path(self.output_folder, "validation")
+            folder.mkdir(exist_ok=True)
+            nothing = {"foreground_mean": {"Dice": float("nan")}, "mean": {}, "metric_per_case": []}
+            (folder / "summary.json").write_text(json.dumps(nothing))
+            self.print_to_log_file("Validation skipped, as validation_cases says.")
+            return
+        self._validation_limit = limit
+        try:
+            super().perform_actual_validation(save_probabilities)
+        finally:
+            self._validation_limit = sys.maxsize
+
+    def on_train_end(self):
+        super().on_train_end()
+        for tap in self._taps.values():
+            tap.remove()
+        if self.local_rank == 0:
+            self.logger.local_logger.draw(self.output_folder)
+            self._write_cost()
+        self._store_prototypes()
+
+    def _write_cost(self) -> None:
+        iterations = max(1, self.num_epochs * self.num_iterations_per_epoch)
+        scale = 1 if sys.platform == "darwin" else 1024
+        cost = {
+            "seconds_training": self._seconds_training,
+            "seconds_per_iteration": self._seconds_training / iterations,
+            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale,
+            "peak_gpu_memory_bytes": torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None,
+        }
+        Path(self.output_folder, COST_FILE).write_text(json.dumps(cost, indent=1))
+        self.print_to_log_file(f"Cost of this step: {cost}")
+
+    def _store_prototypes(self) -> None:
+        """Global prototypes of the final model over the training cases, beside the checkpoint."""
+        training, _ = nnUNetTrainer.get_tr_and_val_datasets(self)
+        if self._cache is not None and self.objective_class.uses_pseudo_labels:
+            training = PseudoLabelDataset(training, self._cache)
+        self.set_deep_supervision_enabled(False)
+        network = unwrap(self.network).eval()
+        sha256 = sha256_of(Path(self.output_folder, "checkpoint_final.pth")) if not self.disable_checkpointing else ""
+        previous = None if self.teacher is None else self.teacher.prototypes
+        store = self._extract(network, training, self.block.n_classes, sha256, previous)
+        if self.local_rank == 0 and not self.disable_checkpointing:
+            store.save(Path(self.output_folder, PROTOTYPE_FILE))
+            self.print_to_log_file(f"Prototypes of {list(store.class_names)} stored, tau {store.tau:.4f}")
+
+    def _extract(
+        self, network: nn.Module, dataset, n_classes: int, sha256: str, previous: PrototypeStore | None
+    ) -> PrototypeStore:
+        names = ("background", *self.block.old_classes, *self.block.new_classes)[:n_classes]
+        cases = sorted(dataset.identifiers)[self.local_rank :: dist.get_world_size() if self.is_ddp else 1]
+        transporting = previous is not None and self.block.settings["old_prototypes"] == "transport"
+        path = last_decoder_stage(network)
+        accumulator, shift, counts = accumulate_prototypes(
+            network,
+            path,
+            (dataset.load_case(case)[:2] for case in cases),
+            self.configuration_manager.patch_size,
+            n_classes,
+            self.device,
+            earlier=self.teacher.network if transporting else None,
+        )
+        accumulator.reduce()
+        store = accumulator.finish(names, self.block.step, sha256, path, previous)
+        if transporting:
+            store = transported(store, previous, shift, counts)
+        return store
+
+
+def _random_state() -> dict:
+    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+
+
+def _set_random_state(state: dict) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"].cpu())

@@ -1,0 +1,99 @@
+"""Imports go one way: what a layer holds may import its own layer and those before it. Lazy imports count too."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+LAYERS = (
+    {"labels", "schedule", "metrics", "losses", "prototypes", "features"},
+    {"nnunet_api", "environment", "phantom", "step_files", "logging_terms"},
+    {"teacher", "block", "plan_override", "intensity", "extraction", "pseudo_labels", "report"},
+    {"objectives", "chain"},
+    {"trainer", "dataset"},
+    {"driver", "evaluate"},
+    {"cli", "trainers"},
+)
+LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
+LEAVES = {"labels", "metrics", "environment", "phantom", "features", "prototypes"}
+NNUNET = {"trainer", "nnunet_api", "logging_terms", "trainers"}  # logging_terms: a subclass of nnU-Net's logger
+NO_TORCH = {"labels", "schedule", "metrics", "environment", "report", "cli"}
+
+
+def imported(path: Path) -> set[str]:
+    """Full dotted names of all that a file imports; ``from a import b`` counts as ``a.b``."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: line {node.lineno}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def graph() -> dict[str, set[str]]:
+    """Part of the package (module or subpackage) -> dotted names that it imports."""
+    parts: dict[str, set[str]] = {}
+    for path in [*(ROOT / "nnunet_cil").rglob("*.py"), *(ROOT / "trainers").glob("*.py")]:
+        inside = path.relative_to(ROOT / "nnunet_cil") if path.is_relative_to(ROOT / "nnunet_cil") else Path("trainers")
+        part = inside.parts[0].removesuffix(".py")
+        parts.setdefault(part, set()).update(imported(path))
+    parts.pop("__init__")
+    return parts
+
+
+GRAPH = graph()
+OWN = {
+    part: {name.split(".")[1] for name in names if name.startswith("nnunet_cil.")} - {part}
+    for part, names in GRAPH.items()
+}
+
+
+def test_every_part_has_a_layer():
+    assert set(GRAPH) == set(LAYER_OF), "place a new module in LAYERS; take out one that is gone"
+
+
+@pytest.mark.parametrize("part", sorted(GRAPH))
+def test_imports_go_one_way(part):
+    assert {other for other in OWN[part] if LAYER_OF[other] > LAYER_OF[part]} == set()
+
+
+def test_no_circles():
+    TopologicalSorter(OWN).prepare()
+
+
+@pytest.mark.parametrize("part", sorted(LEAVES))
+def test_leaves_import_nothing_of_ours(part):
+    assert OWN[part] == set()
+
+
+def test_nothing_imports_cli_or_trainers():
+    assert {part for part, others in OWN.items() if others & {"cli", "trainers"}} == set()
+
+
+def test_training_does_not_know_the_driver():
+    """The command typed by hand needs no more than the step's files."""
+    known, todo = set(), ["trainer"]
+    while todo:
+        part = todo.pop()
+        known.add(part)
+        todo += OWN[part] - known
+    assert known & {"driver", "dataset", "evaluate", "chain", "report", "cli"} == set()
+
+
+def test_the_driver_does_not_import_the_trainer():
+    assert "trainer" not in OWN["driver"] | OWN["dataset"] | OWN["evaluate"] | OWN["chain"]
+
+
+def test_nnunetv2_has_one_gateway():
+    users = {part for part, names in GRAPH.items() if any(name.split(".")[0] == "nnunetv2" for name in names)}
+    assert users <= NNUNET
+
+
+@pytest.mark.parametrize("part", sorted(NO_TORCH))
+def test_no_torch(part):
+    assert {name for name in GRAPH[part] if name.split(".")[0] in ("torch", "nnunetv2")} == set()

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+from nnunet_cil.plan_override import apply_override
+from nnunet_cil.schedule import PlanOverride
+
+PLANS = {
+    "configurations": {
+        "3d_fullres": {
+            "patch_size": [48, 160, 160],
+            "batch_size": 2,
+            "spacing": [7.7, 2.5, 2.5],
+            "median_image_size_in_voxels": [36, 128, 128],
+            "architecture": {
+                "arch_kwargs": {
+                    "n_stages": 6,
+                    "features_per_stage": [32, 64, 128, 256, 320, 320],
+                    "strides": [[1, 1, 1]] + [[1, 2, 2]] + [[2, 2, 2]] * 4,
+                    "kernel_sizes": [[3, 3, 3]] * 6,
+                    "n_conv_per_stage": [2] * 6,
+                    "n_conv_per_stage_decoder": [2] * 5,
+                }
+            },
+        }
+    }
+}
+
+
+def override(**changes):
+    return apply_override(PLANS, "3d_fullres", PlanOverride(**changes))["configurations"]["3d_fullres"]
+
+
+def test_nothing_given_changes_nothing():
+    assert apply_override(PLANS, "3d_fullres", PlanOverride()) == PLANS
+
+
+def test_small_network_derives_strides_and_kernels():
+    before = copy.deepcopy(PLANS)
+    settings = override(patch_size=(32, 96, 96), features_per_stage=(8, 16, 32, 64, 64), batch_size=4)
+    arguments = settings["architecture"]["arch_kwargs"]
+    assert arguments["n_stages"] == 5
+    assert arguments["strides"][0] == [1, 1, 1]
+    assert arguments["strides"][1] == [1, 2, 2]  # the coarse axis is pooled later
+    assert len(arguments["kernel_sizes"]) == len(arguments["strides"]) == len(arguments["n_conv_per_stage"]) == 5
+    assert len(arguments["n_conv_per_stage_decoder"]) == 4
+    assert settings["patch_size"] == [32, 96, 96]
+    assert settings["batch_size"] == 4
+    assert before == PLANS
+
+
+def test_patch_is_padded_to_the_strides(caplog):
+    settings = override(patch_size=(30, 90, 90), features_per_stage=(8, 16, 32))
+    assert settings["patch_size"] == [30, 92, 92]
+    assert "padded" in caplog.text
+
+
+def test_spacing_scales_the_median_size():
+    settings = override(spacing=(7.7, 5.0, 5.0))
+    assert settings["median_image_size_in_voxels"] == [36, 64, 64]
+
+
+@pytest.mark.parametrize("features", [(8, 16), (8, 16, 32, 64, 64, 64, 64, 64)])
+def test_stages_that_cannot_be_are_refused(features):
+    with pytest.raises(ValueError, match="features_per_stage"):
+        override(patch_size=(32, 32, 32), features_per_stage=features)
+
+
+def test_wrong_number_of_axes():
+    with pytest.raises(ValueError, match="expected 3 entries"):
+        override(patch_size=(32, 32))
