@@ -38,8 +38,8 @@ def remap_table(
 ) -> dict[int, int]:
     """Where each own label value goes: own value -> target value.
 
-    Labels that ``class_map`` drops (None) or does not name become background. The own ignore label becomes the target's,
-    if the target has one; several own labels may go to one class.
+    Labels that ``class_map`` drops (None) or does not name become background. The own ignore label becomes the
+    target's, if the target has one; several own labels may go to one class.
     """
     table = {}
     for name, value in own_labels.items():
@@ -49,13 +49,13 @@ def remap_table(
 
 
 def apply_remap(seg: np.ndarray, table: Mapping[int, int]) -> np.ndarray:
-    """Relabel an integer array; uint8, or uint16 where a target value is above 255.
+    """Relabel an array of whole numbers; uint8, or uint16 where a target value is above 255.
 
     Raises:
         ValueError: the array holds values that the table does not know.
     """
     values, inverse = np.unique(seg, return_inverse=True)
-    if unknown := [int(v) for v in values if int(v) not in table]:
+    if unknown := [v for v in values.tolist() if v not in table]:
         raise ValueError(f"labels: got values {unknown}, expected only {sorted(table)} of dataset.json.")
     dtype = np.uint16 if max(table.values(), default=0) > 255 else np.uint8
     return np.array([table[int(v)] for v in values], dtype=dtype)[inverse].reshape(seg.shape)

@@ -9,6 +9,7 @@ import difflib
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -43,6 +44,8 @@ METHOD_CHOICES = {
 CONFIGURATIONS = ("2d", "3d_lowres", "3d_fullres")
 INTENSITY_MODES = ("step1", "whole_image")
 INTENSITY_KEYS = ("mean", "std", "percentile_00_5", "percentile_99_5")
+OPTIONAL_INTENSITY_KEYS = ("min", "max", "median")
+AMP_CHOICES = ("auto", "off", "bfloat16", "float16")
 DEVICES = ("auto", "cuda", "cpu", "mps")
 RESERVED = ("background", "ignore")
 MIN_STAGES = 3
@@ -90,7 +93,7 @@ class Training:
     """How long and how fast each step learns. nnU-Net's own values are the defaults.
 
     ``later_lr`` and ``warmup_epochs`` hold for steps after the first. ``validation_cases`` limits nnU-Net's validation
-    pass after training; None means all cases of a numbered fold and none of fold ``all``.
+    pass after training; None means all cases of a numbered fold and none of fold ``all``. ``amp``: see ``precision``.
     """
 
     epochs: int = 1000
@@ -103,6 +106,7 @@ class Training:
     deep_supervision: bool = True
     validation_cases: int | None = None
     checkpoint_minutes: float = 2.0
+    amp: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -207,26 +211,33 @@ def load_schedule(path: Path | str) -> Schedule:
         raise FileNotFoundError(f"{path}: got no file, expected a schedule in YAML.")
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: also a date such as 2001-99-99
         raise ScheduleError(f"{path}: got no valid YAML: {error}") from error
     return _Reader(path, raw).schedule()
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """A key that stands twice in a mapping is an error, not a silent choice of the last."""
+    """A key that stands twice in a mapping is an error, not a silent choice of the last; 1e-3 is a number."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, (str, int, float, bool, type(None))):
-                raise yaml.constructor.ConstructorError(None, None, f"got the key {key!r}, expected text", node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"got the key {key!r}, expected text", node.start_mark
+                )
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"got the key {key!r} twice, expected it once", key_node.start_mark
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 class _Reader:
@@ -268,8 +279,8 @@ class _Reader:
         for key in mapping:
             if key not in known:
                 near = difflib.get_close_matches(str(key), known, 1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
-                self.problem(f"{where}{key}", "an unknown key", f"one of {', '.join(known)}.{hint}".rstrip("."))
+                hint = f" (did you mean {near[0]!r}?)" if near else ""
+                self.problem(f"{where}{key}", f"an unknown key{hint}", f"one of {', '.join(known)}")
 
     def _name(self, value: Any) -> str:
         if not (isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", value)):
@@ -303,13 +314,18 @@ class _Reader:
     def _numbers(self, key: str, value: Any, kind: type, empty: bool = False) -> tuple | None:
         if value is None:
             return None
-        good = isinstance(value, list) and (empty or value) and all(_is_int(v) or (kind is float and _is_float(v)) for v in value)
+        is_number = _is_float if kind is float else _is_int
+        good = isinstance(value, list) and (empty or value) and all(is_number(v) for v in value)
         if not good or not all(v >= 0 if empty else v > 0 for v in value):
             self.problem(key, repr(value), f"a list of {'numbers from 0 on' if empty else 'positive numbers'}")
             return None
-        if key == "mirror_axes" and (len(set(value)) != len(value) or any(v > 2 for v in value)):
-            self.problem(key, repr(value), "different axes out of 0, 1, 2")
+        axes = range(self._n_axes())
+        if key == "mirror_axes" and (len(set(value)) != len(value) or any(v not in axes for v in value)):
+            self.problem(key, repr(value), f"different axes out of {', '.join(map(str, axes))}")
         return tuple(kind(v) for v in value)
+
+    def _n_axes(self) -> int:
+        return 2 if self.raw.get("configuration") == "2d" else 3
 
     def _mapping(self, key: str, value: Any, known: Sequence[str]) -> dict[str, Any]:
         if value is None:
@@ -322,6 +338,8 @@ class _Reader:
 
     def _training(self, value: Any) -> Training:
         given = self._mapping("training", value, [f.name for f in fields(Training)])
+        if given.get("amp") is False:  # YAML reads off as false
+            given["amp"] = "off"
         checks: dict[str, tuple[Callable[[Any], bool], str]] = {
             "epochs": (lambda v: _is_int(v) and v > 0, "a positive number"),
             "iterations_per_epoch": (lambda v: _is_int(v) and v > 0, "a positive number"),
@@ -333,6 +351,7 @@ class _Reader:
             "deep_supervision": (lambda v: isinstance(v, bool), "true or false"),
             "validation_cases": (lambda v: v is None or (_is_int(v) and v >= 0), "a number from 0 on, or null"),
             "checkpoint_minutes": (lambda v: _is_float(v) and v >= 0, "a number from 0 on"),
+            "amp": (lambda v: isinstance(v, str) and v in AMP_CHOICES, f"one of {', '.join(AMP_CHOICES)}"),
         }
         for key in [key for key, v in given.items() if not checks[key][0](v)]:
             self.problem(f"training: {key}", repr(given.pop(key)), checks[key][1])
@@ -340,6 +359,8 @@ class _Reader:
 
     def _method(self, value: Any) -> dict[str, Any]:
         given = self._mapping("method", value, tuple(METHOD_DEFAULTS))
+        if given.get("pseudo_labels") is False:  # YAML reads off as false
+            given["pseudo_labels"] = "off"
         for key, v in given.items():
             default = METHOD_DEFAULTS[key]
             if key in METHOD_CHOICES:
@@ -347,6 +368,8 @@ class _Reader:
             elif isinstance(default, bool):
                 if not isinstance(v, bool):
                     self.problem(f"method: {key}", repr(v), "true or false")
+            elif isinstance(default, int) and not (_is_int(v) and v >= 0):
+                self.problem(f"method: {key}", repr(v), "a whole number from 0 on")
             elif not _is_float(v) or v < 0:
                 self.problem(f"method: {key}", repr(v), "a number from 0 on")
             elif key in ("mu", "tau_old", "tau_background") and v > 1:
@@ -359,13 +382,21 @@ class _Reader:
             given = value.get("given")
             good = isinstance(given, dict) and given and all(isinstance(v, dict) for v in given.values())
             if not good:
-                self.problem("intensity: given", repr(given), f"a mapping of channel numbers to {', '.join(INTENSITY_KEYS)}")
+                self.problem(
+                    "intensity: given", repr(given), f"a mapping of channel numbers to {', '.join(INTENSITY_KEYS)}"
+                )
                 return Intensity()
             for channel, numbers in given.items():
+                self._known_keys(f"intensity: given: {channel}: ", numbers, INTENSITY_KEYS + OPTIONAL_INTENSITY_KEYS)
+                for key in OPTIONAL_INTENSITY_KEYS:
+                    if not _is_float(numbers.get(key, 0)):
+                        self.problem(f"intensity: given: {channel}: {key}", repr(numbers[key]), "a number")
                 missing = [key for key in INTENSITY_KEYS if not _is_float(numbers.get(key))]
                 if missing:
                     self.problem(f"intensity: given: {channel}", f"no number for {missing}", ", ".join(INTENSITY_KEYS))
-            return Intensity("given", {str(c): {str(k): float(v) for k, v in n.items() if _is_float(v)} for c, n in given.items()})
+            return Intensity(
+                "given", {str(c): {str(k): float(v) for k, v in n.items() if _is_float(v)} for c, n in given.items()}
+            )
         if value == "given":
             self.problem("intensity", "'given' without numbers", "intensity: {given: {0: {mean: .., std: .., ..}}}")
             return Intensity()
@@ -388,13 +419,15 @@ class _Reader:
         if batch is not None and not (_is_int(batch) and batch > 0):
             self.problem("plans: batch_size", repr(batch), "a positive number")
             batch = None
-        n_axes = 2 if self.raw.get("configuration") == "2d" else 3
+        n_axes = self._n_axes()
         for key, numbers in (("patch_size", patch), ("spacing", spacing)):
             if numbers is not None and len(numbers) != n_axes:
                 self.problem(f"plans: {key}", f"{len(numbers)} numbers", f"{n_axes}, one for each axis")
         if features is not None and len(features) < MIN_STAGES:
             self.problem(
-                "plans: features_per_stage", f"{len(features)} stages", f"at least {MIN_STAGES}: deep supervision needs them"
+                "plans: features_per_stage",
+                f"{len(features)} stages",
+                f"at least {MIN_STAGES}: deep supervision needs them",
             )
         return {**result, "plans": PlanOverride(patch, batch, features, spacing)}
 
@@ -402,7 +435,13 @@ class _Reader:
         if not isinstance(value, str) or not value:
             self.problem(key, repr(value), "a path")
             return None
-        return (self.path.parent / Path(value).expanduser()).absolute()
+        try:
+            path = (self.path.parent / Path(value).expanduser()).absolute()
+            path.exists()
+        except (OSError, RuntimeError) as error:  # a name too long, an unknown user after ~
+            self.problem(key, f"{value[:80]!r} ({getattr(error, 'strerror', None) or error})", "a path")
+            return None
+        return path
 
     def _dataset(self, key: str, value: Any) -> Path | None:
         """A raw dataset by path, or by name or number in nnUNet_raw; checked to be one."""
@@ -420,7 +459,7 @@ class _Reader:
         return folder if labels is not None else None
 
     def _named_dataset(self, key: str, value: str | int) -> Path | None:
-        root = os.environ.get("nnUNet_raw")
+        root = os.environ.get("nnUNet_raw")  # noqa: SIM112  (nnU-Net's spelling)
         if not root:
             self.problem(key, f"{value!r} while nnUNet_raw is not set", "a path, or the variable nnUNet_raw")
             return None
@@ -445,7 +484,7 @@ class _Reader:
             needed = {"channel_names", "file_ending"} - set(content)
             if needed or values.get("background") != 0:
                 raise KeyError(f"{sorted(needed) or 'label background: 0'}")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             if "region" in str(error):
                 self.problems.append(f"{self.path}: {key}: {error}")
             else:
@@ -470,7 +509,9 @@ class _Reader:
                 if name in RESERVED:
                     self.problem(key, repr(name), "a class; that name is nnU-Net's own")
                 if name in seen:
-                    self.problem(key, f"class {name!r} that {seen[name]} has already", "each class in one step only, once")
+                    self.problem(
+                        key, f"class {name!r} that {seen[name]} has already", "each class in one step only, once"
+                    )
                 seen[name] = key
         kinds = {isinstance(entry, dict) for entry in value}
         if len(kinds) > 1:
@@ -478,7 +519,9 @@ class _Reader:
         if kinds == {True} and source is not None:
             self.problem("source", "a source beside steps with datasets of their own", "one of the two")
         if kinds == {True} and self.raw.get("images") is not None:
-            self.problem("images", "images beside steps with datasets of their own", "no such key: each step has its images")
+            self.problem(
+                "images", "images beside steps with datasets of their own", "no such key: each step has its images"
+            )
         return tuple(steps)
 
     def _class_names(self, key: str, value: Any) -> list[str] | None:
@@ -526,7 +569,9 @@ class _Reader:
         elif not isinstance(value, dict) or not value:
             self.problem(key, repr(value), "a list of class names, or a mapping of own names to class names or null")
             value = None
-        elif bad := [k for k, v in value.items() if not isinstance(k, str) or not (v is None or (isinstance(v, str) and v))]:
+        elif bad := [
+            k for k, v in value.items() if not isinstance(k, str) or not (v is None or (isinstance(v, str) and v))
+        ]:
             self.problem(key, f"{ {k: value[k] for k in bad} }", "own names mapped to class names or null")
             value = None
         if value is not None and folder is not None:
@@ -606,6 +651,8 @@ class _Reader:
         values = values or {"background": 0, **{name: value for value, name in enumerate(classes, 1)}}
         class_map = self._class_map("test: classes", entry["classes"], None) if "classes" in entry else None
         class_map = class_map or {name: name for name in values if name in classes}
+        if unknown := sorted(set(class_map) - set(values)):
+            self.problem("test: classes", f"unknown labels {unknown}", f"some of {sorted(set(values) - set(RESERVED))}")
         self._check_targets(class_map, classes)
         if folders[0] is None or folders[1] is None:
             return None
@@ -636,4 +683,4 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_float(value: Any) -> bool:
-    return (isinstance(value, float) and value == value and abs(value) != float("inf")) or _is_int(value)
+    return (isinstance(value, float) or _is_int(value)) and abs(value) <= sys.float_info.max

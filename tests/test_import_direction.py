@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS = (
     {"labels", "schedule", "metrics", "losses", "prototypes", "features"},
-    {"nnunet_api", "environment", "phantom", "step_files", "logging_terms"},
+    {"nnunet_api", "environment", "phantom", "step_files", "logging_terms", "precision"},
     {"teacher", "block", "plan_override", "intensity", "extraction", "pseudo_labels", "report"},
     {"objectives", "chain"},
     {"trainer", "dataset"},
@@ -18,7 +18,7 @@ LAYERS = (
     {"cli", "trainers"},
 )
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
-LEAVES = {"labels", "metrics", "environment", "phantom", "features", "prototypes"}
+LEAVES = {"labels", "metrics", "features", "environment", "phantom"}
 NNUNET = {"trainer", "nnunet_api", "logging_terms", "trainers"}  # logging_terms: a subclass of nnU-Net's logger
 NO_TORCH = {"labels", "schedule", "metrics", "environment", "report", "cli"}
 
@@ -35,22 +35,27 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-def graph() -> dict[str, set[str]]:
-    """Part of the package (module or subpackage) -> dotted names that it imports."""
-    parts: dict[str, set[str]] = {}
+def all_imports() -> dict[str, set[str]]:
+    """Dotted name of each module, trainers included, -> dotted names that it imports."""
+    found = {}
     for path in [*(ROOT / "nnunet_cil").rglob("*.py"), *(ROOT / "trainers").glob("*.py")]:
-        inside = path.relative_to(ROOT / "nnunet_cil") if path.is_relative_to(ROOT / "nnunet_cil") else Path("trainers")
-        part = inside.parts[0].removesuffix(".py")
-        parts.setdefault(part, set()).update(imported(path))
-    parts.pop("__init__")
-    return parts
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        parts = parts if parts[0] == "nnunet_cil" else ("nnunet_cil", *parts)
+        if parts[-1] != "__init__":
+            found[".".join(parts)] = imported(path)
+    return found
 
 
-GRAPH = graph()
-OWN = {
-    part: {name.split(".")[1] for name in names if name.startswith("nnunet_cil.")} - {part}
-    for part, names in GRAPH.items()
+def parts_of(names: set[str]) -> set[str]:
+    return {name.split(".")[1] for name in names if name.startswith("nnunet_cil.")}
+
+
+IMPORTS = all_imports()
+GRAPH = {
+    part: set().union(*(names for module, names in IMPORTS.items() if module.split(".")[1] == part))
+    for part in parts_of(set(IMPORTS))
 }
+OWN = {part: parts_of(names) - {part} for part, names in GRAPH.items()}
 
 
 def test_every_part_has_a_layer():
@@ -63,7 +68,11 @@ def test_imports_go_one_way(part):
 
 
 def test_no_circles():
-    TopologicalSorter(OWN).prepare()
+    modules = {
+        module: {other for other in IMPORTS if any(name == other or name.startswith(f"{other}.") for name in names)}
+        for module, names in IMPORTS.items()
+    }
+    TopologicalSorter(modules).prepare()
 
 
 @pytest.mark.parametrize("part", sorted(LEAVES))

@@ -31,7 +31,9 @@ def wheel(tmp_path_factory) -> Path:
 
 def test_trainers_holds_nothing_but_trainers():
     assert TRAINERS
-    assert [path.name for path in TRAINERS if not (path.name.startswith("nnUNetTrainer") and path.suffix == ".py")] == []
+    assert [
+        path.name for path in TRAINERS if not (path.name.startswith("nnUNetTrainer") and path.suffix == ".py")
+    ] == []
 
 
 @pytest.mark.parametrize("path", TRAINERS, ids=lambda path: path.stem)

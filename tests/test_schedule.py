@@ -1,0 +1,509 @@
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import FrozenInstanceError, fields
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from nnunet_cil.schedule import (
+    KEYS,
+    METHOD_DEFAULTS,
+    PlanOverride,
+    Schedule,
+    ScheduleError,
+    Training,
+    load_schedule,
+)
+
+ROOT = Path(__file__).parents[1]
+ORGANS = ("liver", "spleen", "right_kidney", "left_kidney")
+SUBJECTS = ("s1", "s2", "s3")
+
+
+def write_raw(folder: Path, labels=ORGANS, subjects=SUBJECTS, test_subjects=(), **changes) -> Path:
+    """A raw dataset of empty files: a schedule looks at names only."""
+    values = labels if isinstance(labels, dict) else {name: value for value, name in enumerate(labels, 1)}
+    for part, names in (("Tr", subjects), ("Ts", test_subjects)):
+        for kind, suffix in (("images", "_0000"), ("labels", "")):
+            if names:
+                (folder / f"{kind}{part}").mkdir(parents=True)
+            for name in names:
+                (folder / f"{kind}{part}" / f"{name}{suffix}.nii.gz").touch()
+    content = {"channel_names": {"0": "CT"}, "labels": {"background": 0, **values}, "file_ending": ".nii.gz"}
+    (folder / "dataset.json").write_text(json.dumps({**content, **changes}))
+    return folder
+
+
+@pytest.fixture
+def raw(tmp_path, monkeypatch) -> Path:
+    """nnUNet_raw with Dataset001_Organs."""
+    folder = tmp_path / "raw"
+    write_raw(folder / "Dataset001_Organs")
+    monkeypatch.setenv("nnUNet_raw", str(folder))
+    return folder
+
+
+NUMBERS = {"mean": 1, "std": 2.5, "percentile_00_5": -1000, "percentile_99_5": 1500}
+BASE = {"name": "chain", "source": "Dataset001_Organs", "steps": [["liver", "spleen"], ["right_kidney"]]}
+OWN = {"name": "chain", "steps": [{"dataset": "Dataset001_Organs", "classes": ["liver"]}]}
+
+
+def load(folder: Path, content: dict | str) -> Schedule:
+    path = folder / "schedule.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False))
+    return load_schedule(path)
+
+
+def problems(folder: Path, content: dict | str) -> list[str]:
+    with pytest.raises(ScheduleError) as caught:
+        load(folder, content)
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith(f"{folder / 'schedule.yaml'}: ")
+    return lines
+
+
+def only_problem(folder: Path, content: dict | str) -> str:
+    lines = problems(folder, content)
+    assert len(lines) == 1, lines
+    return lines[0].removeprefix(f"{folder / 'schedule.yaml'}: ")
+
+
+def test_shortest_form_has_the_defaults(raw, tmp_path):
+    schedule = load(tmp_path, BASE)
+    assert schedule.source == raw / "Dataset001_Organs"
+    assert [step.classes for step in schedule.steps] == [("liver", "spleen"), ("right_kidney",)]
+    assert schedule.classes == ("liver", "spleen", "right_kidney")
+    assert schedule.classes_until(1) == ("liver", "spleen")
+    assert (schedule.images, schedule.configuration, schedule.folds) == ("shared", "3d_fullres", ("all",))
+    assert (schedule.trainer, schedule.planner) == ("nnUNetTrainerPGCD", "ExperimentPlanner")
+    assert (schedule.device, schedule.test, schedule.mirror_axes) == ("auto", (), None)
+    assert schedule.plans == PlanOverride()
+    assert schedule.training == Training()
+    assert schedule.intensity.mode == "step1"
+    assert schedule.method == METHOD_DEFAULTS
+    with pytest.raises(FrozenInstanceError):
+        schedule.name = "other"
+
+
+def test_every_setting_arrives(raw, tmp_path):
+    (tmp_path / "plans.json").touch()
+    schedule = load(
+        tmp_path,
+        {
+            **BASE,
+            "images": "disjoint",
+            "configuration": "2d",
+            "fold": [0, 1],
+            "trainer": "nnUNetTrainerFinetune",
+            "plans": {
+                "patch_size": [64, 96],
+                "batch_size": 4,
+                "features_per_stage": [8, 16, 32],
+                "spacing": [1, 0.5],
+                "planner": "nnUNetPlannerResEncM",
+                "base": "plans.json",
+            },
+            "intensity": {"given": {0: NUMBERS}},
+            "mirror_axes": [0],
+            "training": {
+                "epochs": 3,
+                "seed": None,
+                "later_lr": 0.001,
+                "deep_supervision": False,
+                "validation_cases": 0,
+            },
+            "method": {"lambda_pgcd": 2, "pseudo_labels": "online", "class_balance": True},
+            "dataset_id": 111,
+            "device": "cpu",
+        },
+    )
+    assert (schedule.images, schedule.configuration, schedule.folds) == ("disjoint", "2d", (0, 1))
+    assert schedule.plans == PlanOverride((64, 96), 4, (8, 16, 32), (1.0, 0.5))
+    assert (schedule.planner, schedule.base_plans) == ("nnUNetPlannerResEncM", tmp_path / "plans.json")
+    assert (schedule.intensity.mode, schedule.intensity.given) == ("given", {"0": NUMBERS})
+    assert schedule.training == Training(
+        epochs=3, seed=None, later_lr=0.001, deep_supervision=False, validation_cases=0
+    )
+    changed = {"lambda_pgcd": 2, "pseudo_labels": "online", "class_balance": True}
+    assert schedule.method == {**METHOD_DEFAULTS, **changed}
+    assert (schedule.trainer, schedule.dataset_id, schedule.device) == ("nnUNetTrainerFinetune", 111, "cpu")
+    assert schedule.mirror_axes == (0,)
+
+
+def test_to_dict_is_json_without_our_paths(raw, tmp_path):
+    (tmp_path / "split.json").write_text(json.dumps({"test": ["s1"]}))
+    for content in ({**BASE, "test": "split.json"}, {**OWN, "test": [{"dataset": 1, "subjects": ["s1"]}]}):
+        written = json.dumps(load(tmp_path, content).to_dict())
+        assert str(tmp_path) not in written
+        assert "Dataset001_Organs" in written
+        assert json.loads(written)["test"] == content["test"]
+
+
+@pytest.mark.parametrize("written", ["Dataset001_Organs", 1, "raw/Dataset001_Organs"])
+def test_dataset_by_name_number_and_relative_path(raw, tmp_path, written):
+    assert load(tmp_path, {**BASE, "source": written}).source == raw / "Dataset001_Organs"
+
+
+def test_own_datasets_merge_and_drop(raw, tmp_path):
+    write_raw(raw / "Dataset010_Liver", ("liver", "tumour", "vessel"))
+    classes = {"liver": "liver", "tumour": "liver", "vessel": None}
+    steps = [{"dataset": "Dataset010_Liver", "classes": classes}, {"dataset": 1, "classes": ["spleen"]}]
+    first, second = load(tmp_path, {"name": "real", "steps": steps}).steps
+    assert (first.classes, first.dataset, first.class_map) == (("liver",), raw / "Dataset010_Liver", classes)
+    assert (second.classes, second.class_map) == (("spleen",), {"spleen": "spleen"})
+
+
+def test_split_file_names_test_and_training_subjects(raw, tmp_path):
+    (tmp_path / "split.json").write_text(json.dumps({"train": ["s1"], "test": ["s3"]}))
+    schedule = load(tmp_path, {**BASE, "test": "split.json"})
+    assert schedule.train_subjects == ("s1",)
+    (test,) = schedule.test
+    source = raw / "Dataset001_Organs"
+    assert (test.images, test.labels, test.dataset) == (source / "imagesTr", source / "labelsTr", source)
+    assert test.subjects == ("s3",)
+    assert test.class_map == {name: name for name in ("liver", "spleen", "right_kidney")}
+    assert test.values["left_kidney"] == 4
+
+
+def test_split_file_may_leave_the_training_subjects_open(raw, tmp_path):
+    (tmp_path / "split.json").write_text(json.dumps({"test": ["s3"]}))
+    assert load(tmp_path, {**BASE, "test": "split.json"}).train_subjects is None
+
+
+def test_subject_list(raw, tmp_path):
+    (test,) = load(tmp_path, {**BASE, "test": ["s1", "s2"]}).test
+    assert test.subjects == ("s1", "s2")
+
+
+@pytest.mark.parametrize(("test_subjects", "part"), [(("t1",), "Ts"), ((), "Tr")])
+def test_raw_dataset_as_test_set(raw, tmp_path, test_subjects, part):
+    other = write_raw(raw / "Dataset002_Other", ("spleen", "liver"), test_subjects=test_subjects)
+    (test,) = load(tmp_path, {**BASE, "test": "Dataset002_Other"}).test
+    assert (test.images, test.labels, test.dataset) == (other / f"images{part}", other / f"labels{part}", other)
+    assert test.subjects is None
+    assert test.values == {"background": 0, "spleen": 1, "liver": 2}
+
+
+def test_folder_pair_takes_the_values_of_the_source(raw, tmp_path):
+    for name in ("images", "labels"):
+        (tmp_path / name).mkdir()
+    pair = {"images": "images", "labels": "labels"}
+    (test,) = load(tmp_path, {**BASE, "test": pair}).test
+    assert (test.images, test.labels, test.dataset) == (tmp_path / "images", tmp_path / "labels", None)
+    assert test.values["right_kidney"] == 3
+    (test,) = load(tmp_path, {**OWN, "test": pair}).test
+    assert test.values == {"background": 0, "liver": 1}
+
+
+def test_several_test_sets_with_maps(raw, tmp_path):
+    write_raw(raw / "Dataset002_Other", ("hepar",))
+    sets = [{"dataset": 1, "subjects": ["s2"]}, {"dataset": "Dataset002_Other", "classes": {"hepar": "liver"}}]
+    first, second = load(tmp_path, {**OWN, "test": sets}).test
+    assert (first.subjects, first.class_map) == (("s2",), {"liver": "liver"})
+    assert (second.subjects, second.class_map) == (None, {"hepar": "liver"})
+
+
+def without(key: str) -> dict:
+    return {k: v for k, v in BASE.items() if k != key}
+
+
+BAD = {
+    "unknown key": ({**BASE, "fodl": 0}, "fodl: got an unknown key .did you mean 'fold'.., expected one of name"),
+    "unknown training key": ({**BASE, "training": {"epoch": 1}}, "training: epoch: got an unknown key .*'epochs'"),
+    "unknown plans key": ({**BASE, "plans": {"batchsize": 1}}, "plans: batchsize: got an unknown key .*'batch_size'"),
+    "unknown method key": ({**BASE, "method": {"lamda_pgcd": 1}}, "method: lamda_pgcd: .*'lambda_pgcd'"),
+    "unknown intensity key": (
+        {
+            **BASE,
+            "intensity": {"given": {0: {"mean": 1, "std": 1, "percentile_00_5": 0, "percentile_99_5": 1, "mx": 2}}},
+        },
+        "intensity: given: 0: mx: got an unknown key .*'max'",
+    ),
+    "unknown step key": (
+        {**OWN, "steps": [{**OWN["steps"][0], "clases": []}]},
+        r"steps\[0\]: clases: got an unknown key .*'classes'",
+    ),
+    "unknown test key": ({**BASE, "test": {"dataset": 1, "subject": []}}, "test: subject: got an unknown key"),
+    "no name": (without("name"), "name: got None, expected letters"),
+    "name with a slash": ({**BASE, "name": "a/b"}, "name: got 'a/b', expected letters"),
+    "images": ({**BASE, "images": "overlapped"}, "images: got 'overlapped', expected one of shared, disjoint"),
+    "configuration": ({**BASE, "configuration": "3d"}, "configuration: got '3d', expected one of 2d, 3d_lowres"),
+    "device": ({**BASE, "device": "gpu"}, "device: got 'gpu', expected one of auto, cuda, cpu, mps"),
+    "fold": ({**BASE, "fold": -1}, "fold: got -1, expected 'all'"),
+    "fold twice": ({**BASE, "fold": [0, 0]}, r"fold: got \[0, 0\].*different"),
+    "trainer": ({**BASE, "trainer": 3}, "trainer: got 3, expected text"),
+    "dataset_id": ({**BASE, "dataset_id": 0}, "dataset_id: got 0, expected a number from 1"),
+    "mirror axis": ({**BASE, "mirror_axes": [3]}, r"mirror_axes: got \[3\], expected different axes"),
+    "mirror axis of 2d": ({**BASE, "configuration": "2d", "mirror_axes": [2]}, r"mirror_axes: got \[2\], expected"),
+    "negative epochs": ({**BASE, "training": {"epochs": -1}}, "training: epochs: got -1, expected a positive number"),
+    "epochs as text": ({**BASE, "training": {"epochs": "ten"}}, "training: epochs: got 'ten', expected"),
+    "true is no number": ({**BASE, "training": {"epochs": True}}, "training: epochs: got True, expected"),
+    "learning rate": ({**BASE, "training": {"initial_lr": 0}}, "training: initial_lr: got 0, expected a positive"),
+    "training no mapping": ({**BASE, "training": 5}, "training: got 5, expected a mapping with the keys epochs"),
+    "method choice": ({**BASE, "method": {"pseudo_labels": "no"}}, "pseudo_labels: got 'no', expected one of offline"),
+    "method number": ({**BASE, "method": {"w_max": "3"}}, "method: w_max: got '3', expected a number"),
+    "method count": ({**BASE, "method": {"n_min": 2.5}}, "method: n_min: got 2.5, expected a whole number"),
+    "method share": ({**BASE, "method": {"mu": 1.5}}, "method: mu: got 1.5, expected a number from 0 to 1"),
+    "method switch": ({**BASE, "method": {"class_balance": 1}}, "class_balance: got 1, expected true or false"),
+    "intensity": ({**BASE, "intensity": "step2"}, "intensity: got 'step2', expected one of step1, whole_image"),
+    "intensity without numbers": ({**BASE, "intensity": "given"}, "intensity: got 'given' without numbers"),
+    "intensity lacks": (
+        {**BASE, "intensity": {"given": {0: {"mean": 1, "std": 1}}}},
+        r"intensity: given: 0: got no number for \['percentile_00_5', 'percentile_99_5'\]",
+    ),
+    "intensity text": (
+        {**BASE, "intensity": {"given": {0: {**NUMBERS, "max": "x"}}}},
+        "intensity: given: 0: max: got 'x', expected a number",
+    ),
+    "number too large": ({**BASE, "plans": {"spacing": [10**400, 1, 1]}}, "plans: spacing: got .*positive numbers"),
+    "not a number": ({**BASE, "training": {"later_lr": float("nan")}}, "later_lr: got nan, expected a positive number"),
+    "patch axes": ({**BASE, "plans": {"patch_size": [8, 8]}}, "plans: patch_size: got 2 numbers, expected 3"),
+    "spacing axes": ({**BASE, "plans": {"spacing": [1.0] * 4}}, "plans: spacing: got 4 numbers, expected 3"),
+    "patch of 2d": (
+        {**BASE, "configuration": "2d", "plans": {"patch_size": [8, 8, 8]}},
+        "plans: patch_size: got 3 numbers, expected 2",
+    ),
+    "negative patch": ({**BASE, "plans": {"patch_size": [8, -8, 8]}}, "plans: patch_size: got .*positive"),
+    "two stages": ({**BASE, "plans": {"features_per_stage": [8, 16]}}, "got 2 stages, expected at least 3"),
+    "batch size": ({**BASE, "plans": {"batch_size": 0}}, "plans: batch_size: got 0, expected a positive number"),
+    "base plans": ({**BASE, "plans": {"base": "no.json"}}, "plans: base: got no file .*no.json"),
+    "no steps": (without("steps"), "steps: got None, expected a list with the classes"),
+    "empty steps": ({**BASE, "steps": []}, r"steps: got \[\], expected a list"),
+    "empty step": ({**BASE, "steps": [["liver"], []]}, r"steps\[1\]: got \[\], expected a list of at least one"),
+    "step of numbers": (
+        {**BASE, "steps": [[1, 2]]},
+        r"steps\[0\]: got \[1, 2\], expected a list of at least one class",
+    ),
+    "unknown class": (
+        {**BASE, "steps": [["livr"]]},
+        r"steps\[0\]: got unknown class 'livr' \(did you mean 'liver'\?\), expected one of \['left_kidney', 'liver'",
+    ),
+    "unknown own class": (
+        {**OWN, "steps": [{"dataset": 1, "classes": {"lever": "liver"}}]},
+        r"steps\[0\]: classes: got unknown class 'lever'",
+    ),
+    "class in two steps": (
+        {**BASE, "steps": [["liver"], ["spleen", "liver"]]},
+        r"steps\[1\]: got class 'liver' that steps\[0\] has already",
+    ),
+    "class twice in a step": (
+        {**BASE, "steps": [["liver", "liver"]]},
+        r"steps\[0\]: got class 'liver' that steps\[0\]",
+    ),
+    "own class twice": ({**OWN, "steps": [{"dataset": 1, "classes": ["liver"] * 2}]}, "classes: got a name twice"),
+    "background": ({**BASE, "steps": [["background"]]}, r"steps\[0\]: got 'background', expected a class"),
+    "ignore": (
+        {**OWN, "steps": [{"dataset": 1, "classes": {"liver": "ignore"}}]},
+        r"steps\[0\]: got 'ignore', expected a class",
+    ),
+    "all dropped": (
+        {**OWN, "steps": [{"dataset": 1, "classes": {"liver": None}}]},
+        "got no class, expected at least one",
+    ),
+    "no dataset": (without("source"), r"steps\[0\]: got classes without a dataset, expected `source`"),
+    "source beside datasets": ({**OWN, "source": 1}, "source: got a source beside steps with datasets"),
+    "images beside datasets": ({**OWN, "images": "shared"}, "images: got images beside steps with datasets"),
+    "mixed steps": (
+        {**BASE, "steps": [["liver"], {"dataset": 1, "classes": ["spleen"]}]},
+        "with and without a dataset",
+    ),
+    "missing source": ({**BASE, "source": "nowhere"}, "source: got .*nowhere without dataset.json, imagesTr, labelsTr"),
+    "missing number": ({**BASE, "source": 77}, "source: got 0 datasets of number 77 in .*, expected exactly one"),
+    "no home": ({**BASE, "source": "~nobody_of_that_name/x"}, "source: got .*nobody_of_that_name"),
+    "too long a path": ({**BASE, "source": "x" * 5000}, "source: got .*expected a"),
+    "missing split": ({**BASE, "test": "no.json"}, "test: got no file .*no.json"),
+    "missing test folder": ({**BASE, "test": {"images": "no", "labels": "raw"}}, "test: images: got no folder .*no,"),
+    "missing test labels": ({**BASE, "test": {"images": "raw"}}, "test: labels: got None, expected a path"),
+    "unknown subject": ({**BASE, "test": ["s1", "s9"]}, r"test: got 1 subjects that do not exist: \['s9'\]"),
+    "subject twice": ({**BASE, "test": ["s1", "s1"]}, r"test: got \['s1'\] twice"),
+    "subjects without source": ({**OWN, "test": ["s1"]}, "test: got subjects without a source"),
+    "no subjects": ({**BASE, "test": []}, r"test: subjects: got \[\], expected a list of subject names"),
+    "test class unknown": (
+        {**BASE, "test": {"dataset": 1, "classes": {"liver": "hepar"}}},
+        r"test: classes: got \['hepar'\], expected classes of the steps",
+    ),
+    "test label unknown": (
+        {**BASE, "test": {"images": "raw", "labels": "raw", "classes": {"hepar": "liver"}}},
+        r"test: classes: got unknown labels .'hepar'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(raw, tmp_path, case):
+    content, pattern = BAD[case]
+    lines = problems(tmp_path, content)
+    assert any(re.search(pattern, line) for line in lines), lines
+    assert not any(line.endswith("..") or "?." in line for line in lines), lines
+
+
+def test_all_problems_at_once(raw, tmp_path):
+    content = {
+        "name": "a b",
+        "source": 1,
+        "fodl": 0,
+        "images": "both",
+        "training": {"epochs": -1, "epoch": 3},
+        "plans": {"patch_size": [1], "features_per_stage": [1]},
+        "test": ["s9"],
+        "steps": [["liver"], [], ["liver", "lung"]],
+    }
+    lines = problems(tmp_path, content)
+    expected = ("name: ", "fodl: ", "images: ", "training: epoch: ", "training: epochs: ", "plans: patch_size: ")
+    expected += ("plans: features_per_stage: ", "test: ", "steps[1]: ", "steps[2]: ")
+    for key in expected:
+        assert any(line.startswith(f"{tmp_path / 'schedule.yaml'}: {key}") for line in lines), key
+    assert len(lines) == len(expected) + 1  # steps[2]: liver again, and lung
+
+
+def test_raw_folder_unset(raw, tmp_path, monkeypatch):
+    monkeypatch.delenv("nnUNet_raw")
+    assert "got 'Dataset001_Organs' while nnUNet_raw is not set" in only_problem(tmp_path, BASE)
+    assert load(tmp_path, {**BASE, "source": "raw/Dataset001_Organs"}).source == raw / "Dataset001_Organs"
+
+
+@pytest.mark.parametrize("folder", ["imagesTr", "labelsTr"])
+def test_incomplete_dataset(raw, tmp_path, folder):
+    (raw / "Dataset001_Organs" / folder).rename(tmp_path / "away")
+    assert f"without {folder}, expected a raw dataset" in only_problem(tmp_path, BASE)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("{", "nnU-Net's dataset.json"),
+        ("[]", "nnU-Net's dataset.json"),
+        ('{"labels": {"background": 0}}', "channel_names"),
+        ('{"labels": {"liver": 1}, "channel_names": {}, "file_ending": ".mha"}', "background"),
+        (
+            '{"labels": {"background": 0, "a": "x"}, "channel_names": {}, "file_ending": ".mha"}',
+            "nnU-Net's dataset.json",
+        ),
+        ('{"labels": {"background": 0, "a": 1, "b": 1}, "channel_names": {}, "file_ending": ".mha"}', "value twice"),
+        (
+            '{"labels": {"background": 0, "a": [1, 2]}, "channel_names": {}, "file_ending": ".mha"}',
+            "Region-based training is not supported yet",
+        ),
+    ],
+)
+def test_bad_dataset_json(raw, tmp_path, text, part):
+    (raw / "Dataset001_Organs" / "dataset.json").write_text(text)
+    lines = problems(tmp_path, {**BASE, "steps": [["a"]]})
+    assert any("source: " in line and part in line for line in lines), lines
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("[", "JSON object with the key 'test'"),
+        ("[]", "JSON object with the key 'test'"),
+        ('{"train": ["s1"]}', "'test'"),
+        ('{"test": [1]}', "subjects must be names"),
+        ('{"test": ["s1"], "train": ["s1", "s2"]}', "['s1'] as test and as training subjects"),
+        ('{"test": ["s1"], "train": ["s8"]}', "['s8']"),
+    ],
+)
+def test_bad_split_file(raw, tmp_path, text, part):
+    (tmp_path / "split.json").write_text(text)
+    assert part in only_problem(tmp_path, {**BASE, "test": "split.json"})
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("name: a\nname: b\n", "'name' twice, expected it once"),
+        ("steps:\n- classes: {liver: liver, liver: null}\n", "'liver' twice"),
+        ("name: [\n", "line 2"),
+        ("name: a\n  b: c: d\n", "line 2"),
+        ("? [a]\n: b\n", "expected text"),
+        ("name: 2001-99-99\n", "no valid YAML"),
+        ("!!map name\n", "no valid YAML"),
+        ("", "got NoneType, expected a mapping"),
+        ("- a\n", "got list, expected a mapping"),
+    ],
+)
+def test_bad_yaml(tmp_path, text, part):
+    assert part in "\n".join(problems(tmp_path, text))
+
+
+def test_duplicate_key_names_its_line(tmp_path):
+    assert "line 2" in "\n".join(problems(tmp_path, "name: a\nname: b\n"))
+
+
+def test_dataset_json_that_is_a_folder(raw, tmp_path):
+    (raw / "Dataset001_Organs" / "dataset.json").unlink()
+    (raw / "Dataset001_Organs" / "dataset.json").mkdir()
+    assert "expected nnU-Net's dataset.json" in only_problem(tmp_path, BASE)
+
+
+def test_deep_nesting_is_no_valid_yaml(tmp_path):
+    assert "no valid YAML" in only_problem(tmp_path, "[" * 5000)
+
+
+def test_file_that_is_no_text(tmp_path):
+    (tmp_path / "schedule.yaml").write_bytes(b"name: \xff\xfe\x00")
+    with pytest.raises(ScheduleError, match="no valid YAML"):
+        load_schedule(tmp_path / "schedule.yaml")
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no.yaml: got no file, expected a schedule"):
+        load_schedule(tmp_path / "no.yaml")
+
+
+def test_yaml_off_and_short_exponents_mean_what_they_look_like(raw, tmp_path):
+    """YAML 1.1 reads ``off`` as false and ``1e-3`` as text."""
+    text = yaml.safe_dump(BASE) + "method: {pseudo_labels: off}\ntraining: {later_lr: 1e-3}\n"
+    schedule = load(tmp_path, text)
+    assert schedule.method["pseudo_labels"] == "off"
+    assert schedule.training.later_lr == 1e-3
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "plans").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_schedules_load(path, raw):
+    content = yaml.safe_load(path.read_text())
+    names = [name for step in content["steps"] for name in step]
+    write_raw(raw / content["source"], names)
+    schedule = load_schedule(path)
+    assert schedule.name == path.stem
+    first, later = (int(n) for n in path.stem.split("_")[1].split("-"))
+    assert [len(step.classes) for step in schedule.steps] == [first] + [later] * (len(schedule.steps) - 1)
+
+
+NESTED_KEYS = [f.name for f in fields(Training)] + [f.name for f in fields(PlanOverride)] + list(METHOD_DEFAULTS)
+WORDS = st.sampled_from(
+    [*ORGANS, *SUBJECTS, "background", "all", "given", "off", "Dataset001_Organs", "raw", "x.json", "~", "~no/x", "2d"]
+)
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | WORDS | st.dates()
+NAMES = st.sampled_from([*NESTED_KEYS, "dataset", "classes", "subjects", "images", "labels", "given", "base", *ORGANS])
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(NAMES | st.integers(0, 2) | st.text(max_size=3), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(changes=st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=5))
+def test_any_values_load_or_raise_schedule_error(raw, tmp_path, changes):
+    text = yaml.safe_dump({**BASE, **changes})
+    try:
+        schedule = load(tmp_path, text)
+    except ScheduleError:
+        return
+    json.dumps(schedule.to_dict())
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(alphabet="ab01:-[]{}!&*?\"'|>#,\n \\<", max_size=30))
+def test_any_text_raises_schedule_error(tmp_path, text):
+    with pytest.raises(ScheduleError):
+        load(tmp_path, text)
