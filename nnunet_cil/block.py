@@ -108,8 +108,8 @@ class StepBlock:
         expected = (*block.old_classes, *block.new_classes)
         if by_value != expected or sorted(foreground.values()) != list(range(1, len(expected) + 1)):
             raise ValueError(
-                f"{where}: got labels {dict(labels)}, expected {list(expected)} numbered 1..{len(expected)} in the order "
-                "learned. Do not edit a step's dataset.json: change the schedule and run `nnunet-cil prepare`."
+                f"{where}: got labels {dict(labels)}, expected {list(expected)} numbered 1..{len(expected)} in the "
+                "order learned. Do not edit a step's dataset.json: change the schedule and run `nnunet-cil prepare`."
             )
         if block.step != len(block.classes):
             raise ValueError(

@@ -102,8 +102,8 @@ class Chain:
         if differing:
             lines = "\n  ".join(f"{key}: chain {before.get(key)}, schedule {now.get(key)}" for key in differing)
             raise ValueError(
-                f"{self.schedule.file}: got another schedule than the chain in {self.folder} was started with, expected "
-                f"the same:\n  {lines}\nGive the schedule another name, or remove that folder to start anew."
+                f"{self.schedule.file}: got another schedule than the chain in {self.folder} was started with, "
+                f"expected the same:\n  {lines}\nGive the schedule another name, or remove that folder to start anew."
             )
 
     @property
@@ -178,8 +178,8 @@ class Chain:
         if step is None or step["chain"] != self.schedule.name:
             owner = "no chain" if step is None else f"chain {step['chain']!r}"
             raise FileExistsError(
-                f"{folder}: got a dataset of {owner}, expected a free place for chain {self.schedule.name!r}. It is not "
-                "touched. Set another `dataset_id` in the schedule."
+                f"{folder}: got a dataset of {owner}, expected a free place for chain {self.schedule.name!r}. It is "
+                "not touched. Set another `dataset_id` in the schedule."
             )
 
 

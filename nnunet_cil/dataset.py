@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import SimpleITK as sitk
+import SimpleITK
 
 from nnunet_cil import nnunet_api
 from nnunet_cil.block import BLOCK_KEY, StepBlock
@@ -168,7 +168,7 @@ def _grid_difference(images: Sequence[Path], label: Path) -> str:
         return ""
     headers = []
     for path in (label, *images):
-        reader = sitk.ImageFileReader()
+        reader = SimpleITK.ImageFileReader()
         reader.SetFileName(str(path))
         reader.ReadImageInformation()
         headers.append((reader.GetSize(), reader.GetSpacing()))
@@ -210,8 +210,8 @@ def check_sources(schedule: Schedule, with_joint: bool) -> dict[int, list[Case]]
             )
         elif not any(scanned[(case.label, 0)].problem for case in cases):
             problems += [
-                f"{schedule.file}: steps[{step - 1}]: got no voxel of {name!r} in the labels of its {len(cases)} cases, "
-                "expected at least one. Check the class map, or move the class to a step that has it."
+                f"{schedule.file}: steps[{step - 1}]: got no voxel of {name!r} in the labels of its {len(cases)} "
+                "cases, expected at least one. Check the class map, or move the class to a step that has it."
                 for name in schedule.steps[step - 1].classes
                 if not counts[step][final_labels(schedule, step, {})[name]]
             ]
@@ -229,7 +229,8 @@ def _labels_without_images(folder: Path, cases: Sequence[Case], schedule: Schedu
     images = set(nnunet_api.image_lists(folder / "imagesTr", ending))
     labels = {path.name[: -len(ending)] for path in (folder / "labelsTr").iterdir() if path.name.endswith(ending)}
     return [
-        f"{folder / 'labelsTr' / (name + ending)}: got a label without an image, expected {name}_0000{ending} in imagesTr."
+        f"{folder / 'labelsTr' / (name + ending)}: got a label without an image, expected {name}_0000{ending} in "
+        "imagesTr."
         for name in sorted(labels - images)
     ]
 
@@ -395,8 +396,8 @@ def _plan_first_step(chain: Chain) -> None:
         plans = json.loads((folder / f"{name}.json").read_text())
     if schedule.configuration not in plans["configurations"]:
         raise ValueError(
-            f"{schedule.file}: configuration: got {schedule.configuration!r}, expected one that nnU-Net planned for this "
-            f"data: {sorted(plans['configurations'])}."
+            f"{schedule.file}: configuration: got {schedule.configuration!r}, expected one that nnU-Net planned for "
+            f"this data: {sorted(plans['configurations'])}."
         )
     plans.pop(BLOCK_KEY, None)
     plans = apply_override(plans, schedule.configuration, schedule.plans)

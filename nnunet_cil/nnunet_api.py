@@ -94,7 +94,7 @@ def environment_variable(name: str, value: str) -> Iterator[None]:
 def worker_count(n_tasks: int) -> int:
     """Worker processes for preprocessing, from the cores this process may use; nnUNet_def_n_proc overrides."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    limit = int(os.environ.get("nnUNet_def_n_proc", min(8, cores)))
+    limit = int(os.environ.get("nnUNet_def_n_proc", min(8, cores)))  # noqa: SIM112  (nnU-Net's spelling)
     return max(1, min(limit, n_tasks))
 
 
@@ -277,7 +277,8 @@ def class_locations(seg: np.ndarray, labels: Sequence[int], with_annotated: bool
     Args:
         seg: (1, *spatial) integers.
         labels: foreground labels.
-        with_annotated: add the entry of all annotated voxels that nnU-Net samples from when an ignore label is declared.
+        with_annotated: add the entry of all annotated voxels that nnU-Net samples from when an ignore label is
+            declared.
     """
     from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 

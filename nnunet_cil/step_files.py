@@ -29,6 +29,6 @@ def check_step_files(preprocessed: Path, data_identifier: str) -> None:
     whole = [case for case in cases if {f"{case}.b2nd", f"{case}.pkl"} <= names]
     if data_identifier not in step["complete"] or len(whole) != step["n_cases"]:
         raise ValueError(
-            f"{folder}: got {len(whole)} complete cases, expected {step['n_cases']} and a finished preprocessing. It was "
-            "interrupted or files were removed: run `nnunet-cil prepare SCHEDULE` again, then this command."
+            f"{folder}: got {len(whole)} complete cases, expected {step['n_cases']} and a finished preprocessing. It "
+            "was interrupted or files were removed: run `nnunet-cil prepare SCHEDULE` again, then this command."
         )

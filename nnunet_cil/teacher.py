@@ -141,7 +141,8 @@ def check_teacher(
         problems.append(f"channel_names: teacher {channels[0]}, step {channels[1]}")
     if problems:
         raise ValueError(
-            "teacher: got a model that does not fit this step, expected the same plans and the old classes in order:\n  "
+            "teacher: got a model that does not fit this step, expected the same plans and the old classes in order:"
+            "\n  "
             + "\n  ".join(problems)
             + "\nRun `nnunet-cil prepare` with the chain's schedule: it gives every step the plans of step 1."
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import SimpleITK as sitk
+import SimpleITK
 
 REAL_DATA = Path(os.environ.get("NNUNET_CIL_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -24,7 +24,7 @@ def real_data(name: str) -> Path:
 def write_tiny_dataset(
     folder: Path, n_cases: int = 6, shape=(16, 24, 24), channel: str = "MR", ignore: bool = False, seed: int = 0
 ) -> Path:
-    """Two organs (a bright ball and a dark box-like blob) in noise; raw nnU-Net format with split.json (last is test)."""
+    """Two organs, a bright ball and a dark box-like blob, in noise: raw format with split.json (the last is test)."""
     rng = np.random.default_rng(seed)
     (folder / "imagesTr").mkdir(parents=True)
     (folder / "labelsTr").mkdir()
@@ -42,9 +42,9 @@ def write_tiny_dataset(
             (image.astype(np.float32), folder / "imagesTr" / f"case_{case}_0000.nii.gz"),
             (labels, folder / "labelsTr" / f"case_{case}.nii.gz"),
         ):
-            volume = sitk.GetImageFromArray(array)
+            volume = SimpleITK.GetImageFromArray(array)
             volume.SetSpacing((1.5, 1.5, 2.0))
-            sitk.WriteImage(volume, str(path))
+            SimpleITK.WriteImage(volume, str(path))
     labels_json = {"background": 0, "ball": 1, "blob": 2, **({"ignore": 3} if ignore else {})}
     content = {"channel_names": {"0": channel}, "labels": labels_json, "numTraining": n_cases, "file_ending": ".nii.gz"}
     (folder / "dataset.json").write_text(json.dumps(content))

@@ -9,7 +9,8 @@ from nnunet_cil.extraction import accumulate_prototypes, tiles
 
 
 @pytest.mark.parametrize(
-    ("shape", "patch"), [((10, 7, 9), (4, 7, 5)), ((4, 4, 4), (4, 4, 4)), ((5, 8, 8), (1, 4, 8)), ((17, 9, 8), (8, 8, 8))]
+    ("shape", "patch"),
+    [((10, 7, 9), (4, 7, 5)), ((4, 4, 4), (4, 4, 4)), ((5, 8, 8), (1, 4, 8)), ((17, 9, 8), (8, 8, 8))],
 )
 def test_tiles_cover_each_voxel_once(shape, patch):
     seen = np.zeros(shape, int)

@@ -25,9 +25,13 @@ steps:
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add the subcommand."""
-    parser = subparsers.add_parser("demo", help="run a whole chain on made-up abdomens: what PGCD keeps, finetune forgets")
+    parser = subparsers.add_parser(
+        "demo", help="run a whole chain on made-up abdomens: what PGCD keeps, finetune forgets"
+    )
     parser.add_argument("--folder", type=Path, default=Path("nnunet-cil-demo"), help="where all of it goes")
-    parser.add_argument("--methods", nargs="+", default=["pgcd", "finetune"], metavar="METHOD", help="methods to compare")
+    parser.add_argument(
+        "--methods", nargs="+", default=["pgcd", "finetune"], metavar="METHOD", help="methods to compare"
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to train")
     parser.add_argument("--epochs", type=int, default=6, help="epochs of 50 iterations in each step")
     parser.add_argument("--seed", type=int, default=0, help="seed of the subjects and of the trainings")

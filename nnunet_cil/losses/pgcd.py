@@ -113,7 +113,7 @@ def pgcd_channel(
     """
     with torch.no_grad():
         weight, best = assignment.max(1)
-        shares = (_centred(teacher_features, centre) * (prototypes - centre)[best].movedim(-1, 1)).clamp_min_(0)
+        shares = (_centred(teacher_features, centre) * (prototypes - centre).mT[:, best].movedim(0, 1)).clamp_min_(0)
         weight = weight / shares.sum(1).clamp_min(EPS)
         if balance is not None:
             weight = weight * balance[teacher_decision]
