@@ -52,7 +52,7 @@ def accumulate_prototypes(
     device: torch.device,
     earlier: nn.Module | None = None,
 ) -> tuple[PrototypeAccumulator, torch.Tensor, torch.Tensor]:
-    """Sums, counts and samples of the features of each class (docs/method.md, section 2).
+    """Sums, counts and samples of the features of each class (docs/method.md, section 2), in the caller's autocast.
 
     Instance norm depends on the input's size, so the network sees patches of the size that it was trained with.
 
@@ -111,8 +111,7 @@ def accumulate_prototypes(
 
 @torch.no_grad()
 def _features(network: nn.Module, tap: FeatureTap, x: torch.Tensor) -> torch.Tensor:
-    with torch.autocast(x.device.type, enabled=x.device.type == "cuda"):
-        network(x)
+    network(x)
     features = tap.features.float()
     tap.clear()
     return features

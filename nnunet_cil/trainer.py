@@ -8,7 +8,7 @@ import random
 import resource
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
 
@@ -31,12 +31,14 @@ from nnunet_cil.features import FeatureTap, last_decoder_stage
 from nnunet_cil.logging_terms import TERM_PREFIX, TermLogger
 from nnunet_cil.objectives.base import Objective
 from nnunet_cil.objectives.finetune import Finetune
+from nnunet_cil.precision import Float32Loss, amp_dtype, autocast, set_memory_format
 from nnunet_cil.prototypes import PrototypeStore
 from nnunet_cil.pseudo_labels import PseudoLabelCache, PseudoLabelDataset, merge_pseudo_labels
 from nnunet_cil.step_files import check_step_files
 from nnunet_cil.teacher import PROTOTYPE_FILE, Teacher, check_teacher, grow_head, load_teacher, sha256_of
 
 COST_FILE = "cost.json"
+LATEST_CHECKPOINT = "checkpoint_latest.pth"  # nnU-Net resumes from it even where checkpoint_best.pth is newer
 
 
 class WarmupPolyLRScheduler(PolyLRScheduler):
@@ -73,6 +75,9 @@ class IncrementalTrainer(nnUNetTrainer):
         self.block = StepBlock.from_plans(plans, dataset_json)
         super().__init__(plans, configuration, fold, dataset_json, device)
         training = self.block.training
+        self.amp_dtype = amp_dtype(training.amp, self.device)
+        if self.amp_dtype != torch.float16:
+            self.grad_scaler = None
         self.num_epochs = training.epochs
         self.num_iterations_per_epoch = training.iterations_per_epoch
         self.num_val_iterations_per_epoch = training.val_iterations_per_epoch
@@ -104,6 +109,12 @@ class IncrementalTrainer(nnUNetTrainer):
         self._seed()
         super().initialize()
         last_decoder_stage(unwrap(self.network))
+        self._set_memory_format(self.network)
+        self.print_to_log_file(f"Precision: {self.amp_dtype or 'full'}, {torch.get_num_threads()} threads")
+
+    def _set_memory_format(self, network: nn.Module) -> None:
+        features = self.configuration_manager.network_arch_init_kwargs["features_per_stage"]
+        set_memory_format(network, self.device, features[0])
 
     def configure_optimizers(self):
         optimizer, scheduler = super().configure_optimizers()
@@ -132,7 +143,8 @@ class IncrementalTrainer(nnUNetTrainer):
 
     def _build_loss(self):
         with self._ignoring_unsure_voxels():
-            return super()._build_loss()
+            loss = super()._build_loss()
+        return Float32Loss(loss) if self.device.type == "cpu" and self.amp_dtype is not None else loss
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self):  # noqa: N802
         rotation, dummy_2d, initial_patch_size, mirror_axes = (
@@ -172,6 +184,7 @@ class IncrementalTrainer(nnUNetTrainer):
         self.teacher = load_teacher(folder, self.fold, block.teacher_checkpoint, self.device)
         plans = self.plans_manager.plans
         check_teacher(self.teacher, plans, self.dataset_json, self.configuration_name, block.old_classes)
+        self._set_memory_format(self.teacher.network)
         student = unwrap(self.network)
         if self._resumed is None:
             student.load_state_dict(grow_head(self.teacher.weights, student.state_dict(), block.n_old))
@@ -233,14 +246,15 @@ class IncrementalTrainer(nnUNetTrainer):
             mirror_axes,
         )
         mine = cases[self.local_rank :: dist.get_world_size() if self.is_ddp else 1]
-        made = cache.fill(
-            nnunet_api.preprocessed_dataset(Path(self.preprocessed_dataset_folder)),
-            mine,
-            window.logits,
-            self.configuration_manager.patch_size,
-            self.label_manager.has_ignore_label,
-            self.print_to_log_file,
-        )
+        with self._autocast():
+            made = cache.fill(
+                nnunet_api.preprocessed_dataset(Path(self.preprocessed_dataset_folder)),
+                mine,
+                window.logits,
+                self.configuration_manager.patch_size,
+                self.label_manager.has_ignore_label,
+                self.print_to_log_file,
+            )
         if self.is_ddp:
             dist.barrier()
         self.print_to_log_file(f"pseudo-labels: {made} cases made, {len(cases)} in use, in {cache.folder.name}")
@@ -262,7 +276,7 @@ class IncrementalTrainer(nnUNetTrainer):
                 tap.remove()
 
     def _autocast(self):
-        return torch.autocast(self.device.type) if self.device.type == "cuda" else nullcontext()
+        return autocast(self.device, self.amp_dtype)
 
     @torch.no_grad()
     def _teacher_logits(self, data: torch.Tensor) -> torch.Tensor:
@@ -281,8 +295,7 @@ class IncrementalTrainer(nnUNetTrainer):
         return [merged, *lower]
 
     def train_step(self, batch: dict) -> dict:
-        if not self.incremental:
-            return super().train_step(batch)
+        """nnU-Net's step, with the teacher's pass and the objective's terms where there is a teacher."""
         data = batch["data"].to(self.device, non_blocking=True)
         target = batch["target"]
         if isinstance(target, list):
@@ -290,8 +303,8 @@ class IncrementalTrainer(nnUNetTrainer):
         else:
             target = target.to(self.device, non_blocking=True)
         self.optimizer.zero_grad(set_to_none=True)
+        distils = self.incremental and self.objective.uses_teacher
         with self._autocast():
-            distils = self.objective.uses_teacher
             teacher_logits = self._teacher_logits(data) if distils or self.online else None
             if self.online and self.objective.uses_pseudo_labels:
                 target = self._with_online_labels(target, teacher_logits)
@@ -317,6 +330,8 @@ class IncrementalTrainer(nnUNetTrainer):
             nn.utils.clip_grad_norm_(self.network.parameters(), 12)
             self.optimizer.step()
         values = torch.stack([total, *terms.values()]).detach().float().cpu().numpy()
+        if not self.incremental:
+            return {"loss": values[0]}
         return {"loss": values[0], **{TERM_PREFIX + n: v for n, v in zip(terms, values[1:], strict=True)}}
 
     def on_train_epoch_end(self, train_outputs: list[dict]):
@@ -337,7 +352,7 @@ class IncrementalTrainer(nnUNetTrainer):
             with self._autocast():
                 logits = self._teacher_logits(batch["data"].to(self.device, non_blocking=True)).cpu()
             batch["target"] = self._with_online_labels(batch["target"], logits)
-        with self._ignoring_unsure_voxels():
+        with self._ignoring_unsure_voxels(), self._autocast():
             return super().validation_step(batch)
 
     def on_epoch_end(self):
@@ -361,20 +376,20 @@ class IncrementalTrainer(nnUNetTrainer):
         }
         torch.save(checkpoint, partial)
         os.replace(partial, filename)
-        self._last_save = monotonic()
+        if Path(filename).name == LATEST_CHECKPOINT:
+            self._last_save = monotonic()
         return None
 
-    def load_checkpoint(self, filename_or_checkpoint) -> None:
-        if isinstance(filename_or_checkpoint, str):
-            filename_or_checkpoint = torch.load(filename_or_checkpoint, map_location="cpu", weights_only=False)
-        if "cil" not in filename_or_checkpoint:
+    def load_checkpoint(self, filename: str) -> None:
+        resumed = torch.load(filename, map_location="cpu", weights_only=False, mmap=True).get("cil")
+        if resumed is None:
             raise ValueError(
-                f"{self.output_folder}: got a checkpoint that {type(self).__name__} did not write, expected one of its "
-                "own to go on from. Remove it and start anew."
+                f"{filename}: got a checkpoint that {type(self).__name__} did not write, expected one of its own to go "
+                "on from. Remove it and start anew."
             )
-        super().load_checkpoint(filename_or_checkpoint)
-        self._resumed = filename_or_checkpoint["cil"]
-        self._seconds_training = self._resumed["seconds_training"]
+        super().load_checkpoint(filename)  # nnU-Net's takes a dict by its signature, but fails on one
+        self._resumed = resumed
+        self._seconds_training = resumed["seconds_training"]
 
     def do_split(self):
         training, validation = super().do_split()
@@ -439,15 +454,16 @@ class IncrementalTrainer(nnUNetTrainer):
         cases = sorted(dataset.identifiers)[self.local_rank :: dist.get_world_size() if self.is_ddp else 1]
         transporting = previous is not None and self.block.settings["old_prototypes"] == "transport"
         path = last_decoder_stage(network)
-        accumulator, shift, counts = accumulate_prototypes(
-            network,
-            path,
-            (dataset.load_case(case)[:2] for case in cases),
-            self.configuration_manager.patch_size,
-            n_classes,
-            self.device,
-            earlier=self.teacher.network if transporting else None,
-        )
+        with self._autocast():
+            accumulator, shift, counts = accumulate_prototypes(
+                network,
+                path,
+                (dataset.load_case(case)[:2] for case in cases),
+                self.configuration_manager.patch_size,
+                n_classes,
+                self.device,
+                earlier=self.teacher.network if transporting else None,
+            )
         accumulator.reduce()
         store = accumulator.finish(names, self.block.step, sha256, path, previous)
         if transporting:

@@ -1,0 +1,350 @@
+"""The trainer on a tiny prepared chain, in this process: teacher, terms, resuming, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint, run_training
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunet_cil.chain import Chain, write_json
+from nnunet_cil.dataset import prepare_chain
+from nnunet_cil.driver import variants_of
+from nnunet_cil.environment import trainer_path_variable
+from nnunet_cil.losses.distillation import fold_logits
+from nnunet_cil.prototypes import PrototypeStore
+from nnunet_cil.schedule import load_schedule
+from nnunet_cil.trainer import unwrap
+from tests.conftest import write_schedule, write_tiny_dataset
+
+CPU = torch.device("cpu")
+
+
+def make_chain(root, monkeypatch, methods=("pgcd", "finetune"), ignore=False, **changes) -> Chain:
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        (root / name).mkdir()
+        monkeypatch.setenv(name, str(root / name))
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    monkeypatch.setenv("nnUNet_def_n_proc", "2")
+    monkeypatch.setenv("nnUNet_extTrainer", trainer_path_variable())
+    source = write_tiny_dataset(root / "source", ignore=ignore)
+    chain = Chain.open(load_schedule(write_schedule(root / "schedule.yaml", source, **changes)))
+    prepare_chain(chain, variants_of(chain, methods, []))
+    return chain
+
+
+def train(chain: Chain, step, method="pgcd", resume=False) -> None:
+    variant = chain.variant(method, 0)
+    run_training(
+        chain.dataset_name(step),
+        chain.schedule.configuration,
+        "all",
+        variant.trainer,
+        chain.plans_name(variant),
+        continue_training=resume,
+        device=CPU,
+    )
+
+
+def trainer_of(chain: Chain, step, method="pgcd", resume=False):
+    variant = chain.variant(method, 0)
+    trainer = get_trainer_from_args(
+        chain.dataset_name(step),
+        chain.schedule.configuration,
+        "all",
+        variant.trainer,
+        chain.plans_name(variant),
+        resume,
+        device=CPU,
+    )
+    maybe_load_checkpoint(trainer, resume, False)
+    return trainer
+
+
+def fold_of(chain: Chain, step, method="pgcd"):
+    return chain.model_folder(chain.variant(method, 0), step) / "fold_all"
+
+
+@pytest.fixture(scope="module")
+def module_patch():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, module_patch):
+    """A chain whose step 1 is trained; tests leave it as it is."""
+    chain = make_chain(tmp_path_factory.mktemp("trained"), module_patch)
+    train(chain, 1)
+    return chain
+
+
+@pytest.fixture
+def started(trained):
+    """The trainer of step 2 with PGCD, ready for its first iteration; its results are removed after."""
+    trainer = trainer_of(trained, 2)
+    trainer.on_train_start()
+    yield trainer
+    shutil.rmtree(trained.model_folder(trained.variant("pgcd", 0), 2), ignore_errors=True)
+
+
+def test_step_1_is_stock_nnunet_with_prototypes(trained):
+    folder = fold_of(trained, 1)
+    checkpoint = torch.load(folder / "checkpoint_final.pth", weights_only=False)
+    assert checkpoint["trainer_name"] == "nnUNetTrainerPGCD"
+    store = PrototypeStore.load(folder / "prototypes.npz")
+    assert store.class_names == ("background", "ball")
+    assert store.counts.sum() > 0
+    assert np.isfinite(store.means).all()
+    assert (folder / "progress.png").is_file()
+    assert json.loads((folder / "validation" / "summary.json").read_text())["metric_per_case"] == []
+    cost = json.loads((folder / "cost.json").read_text())
+    assert cost["seconds_per_iteration"] > 0
+    assert cost["peak_memory_bytes"] > 1e8
+
+
+def test_step_1_train_step_is_nnunets_own(trained):
+    trainer = trainer_of(trained, 1)
+    trainer.on_train_start()
+    batch = next(trainer.dataloader_train)
+    reference = trainer_of(trained, 1)
+    reference.initialize()
+    unwrap(reference.network).load_state_dict(unwrap(trainer.network).state_dict())
+    with reference._autocast():
+        expected = nnUNetTrainer.train_step(reference, batch)
+    assert trainer.train_step(batch) == expected
+    for ours, theirs in zip(trainer.network.parameters(), reference.network.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_fresh_student_folds_to_its_teacher(started):
+    x = torch.randn(1, 1, 16, 16, 16)
+    started.set_deep_supervision_enabled(False)
+    with torch.no_grad():
+        folded = torch.softmax(fold_logits(started.network(x), 2), 1)
+        expected = torch.softmax(started.teacher.network(x), 1)
+    torch.testing.assert_close(folded, expected, atol=1e-5, rtol=0)
+
+
+def test_train_step_has_all_terms_one_teacher_pass_and_moves_the_student_only(started):
+    calls = []
+    handle = started.teacher.network.register_forward_hook(lambda *args: calls.append(1))
+    teacher_before = {k: v.clone() for k, v in started.teacher.network.state_dict().items()}
+    student_before = [p.detach().clone() for p in started.network.parameters()]
+    stored_before = started.objective.means.clone()
+    student_calls = []
+    unwrap(started.network).register_forward_hook(lambda *args: student_calls.append(1))
+    result = started.train_step(next(started.dataloader_train))
+    handle.remove()
+    assert set(result) == {
+        "loss",
+        "loss_segmentation",
+        "loss_pgcd_spatial",
+        "loss_pgcd_channel",
+        "loss_dapd_global",
+        "loss_dapd_local",
+    }
+    assert result["loss"] == pytest.approx(sum(v for k, v in result.items() if k != "loss"), rel=1e-5)
+    assert len(calls) == len(student_calls) == 1
+    assert not started.teacher.network.training
+    assert all(p.grad is None and not p.requires_grad for p in started.teacher.network.parameters())
+    assert all(torch.equal(v, teacher_before[k]) for k, v in started.teacher.network.state_dict().items())
+    assert torch.equal(started.objective.means, stored_before)
+    assert any(not torch.equal(a, b) for a, b in zip(student_before, started.network.parameters(), strict=True))
+
+
+def test_each_distillation_term_reaches_the_student(started):
+    data = next(started.dataloader_train)["data"]
+    with torch.no_grad():
+        logits = started.teacher.network(data)
+    output = started.network(data + 0.1)[0]
+    labels = torch.zeros(output.shape[0], *output.shape[2:], dtype=torch.long)
+    labels[:, :4] = 1
+    taps = started._taps
+    terms = started.objective(output, logits, taps["student"].features, taps["teacher"].features, labels)
+    for name, term in terms.items():
+        grads = torch.autograd.grad(term, list(started.network.parameters()), retain_graph=True, allow_unused=True)
+        assert any(g is not None and g.abs().sum() > 0 for g in grads), name
+
+
+def test_training_data_hold_pseudo_labels_of_old_organs(started):
+    case = started.dataloader_train.data_loader._data.load_case("case_0")
+    own = nnUNetTrainer.get_tr_and_val_datasets(started)[0].load_case("case_0")
+    assert set(np.unique(own[1][:])) <= {-1, 0, 2}
+    merged = np.asarray(case[1][:])
+    np.testing.assert_array_equal(merged[own[1][:] == 2], 2)
+    assert set(np.unique(merged)) <= {-1, 0, 1, 2, 3}
+    assert 1 in case[3]["class_locations"]
+    validation = started.dataloader_val.data_loader._data.load_case("case_0")
+    np.testing.assert_array_equal(merged, np.asarray(validation[1][:]))
+
+
+def test_ignored_voxels_neither_reward_nor_punish(started):
+    data = next(started.dataloader_train)["data"]
+    output = started.network(data)
+    target = [torch.full((o.shape[0], 1, *o.shape[2:]), 3, dtype=torch.int16) for o in output]
+    loss = started.loss(output, target)
+    grads = torch.autograd.grad(loss, list(started.network.parameters()), allow_unused=True)
+    assert all(g is None or g.abs().sum() == 0 for g in grads)
+
+
+def test_interrupted_run_restores_teacher_and_background(trained, started):
+    started.on_epoch_start()
+    started.on_train_epoch_start()
+    started.on_train_epoch_end([started.train_step(next(started.dataloader_train)) for _ in range(2)])
+    path = fold_of(trained, 2) / "checkpoint_latest.pth"
+    started.save_checkpoint(str(path))
+    assert not path.with_name(path.name + ".part").exists()
+    again = trainer_of(trained, 2, resume=True)
+    again.on_train_start()
+    assert again.current_epoch == 1
+    assert again.teacher.sha256 == started.teacher.sha256
+    torch.testing.assert_close(again.objective.background.prototype, started.objective.background.prototype)
+    assert not torch.equal(again.objective.background.prototype, again.objective.means[0])
+    for ours, theirs in zip(again.network.parameters(), started.network.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert "loss_pgcd_spatial" in again.train_step(next(again.dataloader_train))
+
+
+def test_whole_step_2_and_finetune(trained):
+    train(trained, 2)
+    train(trained, 2, "finetune")
+    folder = fold_of(trained, 2)
+    checkpoint = torch.load(folder / "checkpoint_final.pth", weights_only=False)
+    assert set(checkpoint["cil"]["objective"]) >= {"means", "background.prototype"}
+    assert len(checkpoint["logging"]["loss_pgcd_spatial"]) == 1
+    assert checkpoint["network_weights"]["decoder.seg_layers.0.weight"].shape[0] == 3
+    assert json.loads((folder.parent / "dataset.json").read_text())["labels"] == {"background": 0, "ball": 1, "blob": 2}
+    log = next(folder.glob("training_log_*.txt")).read_text()
+    assert "loss_dapd_local" in log
+    assert "teacher" in log
+    store = PrototypeStore.load(folder / "prototypes.npz")
+    assert store.class_names == ("background", "ball", "blob")
+    other = torch.load(fold_of(trained, 2, "finetune") / "checkpoint_final.pth", weights_only=False)
+    assert "loss_pgcd_spatial" not in other["logging"]
+    assert other["trainer_name"] == "nnUNetTrainerFinetune"
+    finetuned = PrototypeStore.load(fold_of(trained, 2, "finetune") / "prototypes.npz")
+    assert finetuned.stale.tolist() == [False, True, False]
+    shutil.rmtree(folder.parent)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("missing", "got no file"),
+        ("truncated", "unreadable model"),
+        ("foreign", "unreadable model"),
+        ("classes", "classes: teacher"),
+        ("plans", "patch_size: teacher"),
+    ],
+)
+def test_teacher_that_does_not_fit_is_refused(trained, damage, message):
+    folder = fold_of(trained, 1)
+    kept = folder.parent.with_name("kept")
+    shutil.copytree(folder.parent, kept)
+    checkpoint = folder / "checkpoint_final.pth"
+    try:
+        if damage == "missing":
+            checkpoint.unlink()
+        elif damage == "truncated":
+            checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
+        elif damage == "foreign":
+            torch.save({"state_dict": {}}, checkpoint)
+        elif damage == "classes":
+            content = json.loads((folder.parent / "dataset.json").read_text())
+            write_json(folder.parent / "dataset.json", {**content, "labels": {"background": 0, "lung": 1}})
+        else:
+            content = json.loads((folder.parent / "plans.json").read_text())
+            content["configurations"]["3d_fullres"]["patch_size"] = [8, 8, 8]
+            write_json(folder.parent / "plans.json", content)
+        trainer = trainer_of(trained, 2)
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            trainer.on_train_start()
+        assert not (fold_of(trained, 2) / "checkpoint_final.pth").exists()
+    finally:
+        shutil.rmtree(folder.parent)
+        kept.rename(folder.parent)
+        shutil.rmtree(trained.model_folder(trained.variant("pgcd", 0), 2), ignore_errors=True)
+
+
+def test_teacher_without_prototypes_gives_its_confident_predictions(trained):
+    path = fold_of(trained, 1) / "prototypes.npz"
+    kept = path.rename(path.with_name("kept.npz"))
+    try:
+        trainer = trainer_of(trained, 2)
+        trainer.on_train_start()
+        assert trainer.objective.means.shape[0] == 2
+        assert bool(trainer.objective.usable[0])
+    finally:
+        kept.rename(path)
+        shutil.rmtree(trained.model_folder(trained.variant("pgcd", 0), 2), ignore_errors=True)
+
+
+def test_interrupted_preprocessing_is_refused(trained):
+    folder = trained.preprocessed(2) / "nnUNetPlans_3d_fullres"
+    victim = folder / "case_1.pkl"
+    content = victim.read_bytes()
+    victim.unlink()
+    try:
+        with pytest.raises(ValueError, match="4 complete cases, expected 5"):
+            trainer_of(trained, 2).on_train_start()
+    finally:
+        victim.write_bytes(content)
+        shutil.rmtree(trained.model_folder(trained.variant("pgcd", 0), 2), ignore_errors=True)
+
+
+def test_edited_labels_and_regions_are_refused(trained):
+    path = trained.preprocessed(2) / "dataset.json"
+    content = json.loads(path.read_text())
+    try:
+        write_json(path, {**content, "labels": {"background": 0, "blob": 1, "ball": 2}})
+        with pytest.raises(ValueError, match="in the order learned"):
+            trainer_of(trained, 2)
+        regions = {"background": 0, "ball": [1, 2], "blob": 2}
+        write_json(path, {**content, "labels": regions, "regions_class_order": [1, 2]})
+        with pytest.raises(ValueError, match="Region-based"):
+            trainer_of(trained, 2)
+    finally:
+        write_json(path, content)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param(
+            {"training": ", deep_supervision: false, validation_cases: 1", "extra": "method: {pseudo_labels: online}"},
+            id="no-deep-supervision-online-limited-validation",
+        ),
+        pytest.param(
+            {
+                "configuration": "2d",
+                "plans": "{patch_size: [16, 16], batch_size: 1, features_per_stage: [4, 8, 8]}",
+                "extra": "method: {old_prototypes: transport, background_features: student}",
+            },
+            id="2d-batch-of-one-transport",
+        ),
+        pytest.param(
+            {
+                "plans": "{planner: nnUNetPlannerResEncM, patch_size: [16, 16, 16], features_per_stage: [4, 8, 8]}",
+                "ignore": True,
+                "images": "disjoint",
+                "extra": "method: {class_balance: true, scale_by_classes: true}\nmirror_axes: []",
+            },
+            id="residual-encoder-ignore-label-disjoint-no-mirroring",
+        ),
+    ],
+)
+def test_other_configurations_train_both_steps(tmp_path, monkeypatch, changes):
+    chain = make_chain(tmp_path, monkeypatch, methods=("pgcd",), **changes)
+    for step in (1, 2):
+        train(chain, step)
+        store = PrototypeStore.load(fold_of(chain, step) / "prototypes.npz")
+        assert len(store.class_names) == step + 1
+    logged = torch.load(fold_of(chain, 2) / "checkpoint_final.pth", weights_only=False)["logging"]
+    assert np.isfinite([values[0] for key, values in logged.items() if key.startswith("loss_")]).all()
+    summary = json.loads((fold_of(chain, 2) / "validation" / "summary.json").read_text())
+    assert len(summary["metric_per_case"]) == (1 if "validation_cases" in changes.get("training", "") else 0)
