@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from nnunet_cil.block import BLOCK_KEY, StepBlock
 from nnunet_cil.chain import JOINT, Chain, Variant, write_json
 from nnunet_cil.intensity import set_intensity, warn_of_clipping
 from nnunet_cil.labels import apply_remap, cumulative_labels, remap_table
+from nnunet_cil.parallel import over_cases
 from nnunet_cil.plan_override import apply_override
 from nnunet_cil.schedule import Schedule
 from nnunet_cil.step_files import STEP_FILE, read_step_file
@@ -33,7 +33,8 @@ from nnunet_cil.step_files import STEP_FILE, read_step_file
 logger = logging.getLogger(__name__)
 
 SPACING_TOLERANCE = 1e-3
-PARALLEL_FROM_CASES = 60
+INTENSITY_SAMPLES = 10**8  # in all of step 1, as nnU-Net takes them
+INTENSITY_SAMPLES_LATER = 10**4  # in each case of a later step: nothing is planned from these
 
 
 @dataclass(frozen=True)
@@ -126,41 +127,65 @@ def _test_subjects(schedule: Schedule, folder: Path) -> set[str]:
 
 
 @dataclass(frozen=True)
-class _Scan:
-    counts: dict[int, int]
-    problem: str | None
+class Scan:
+    """What one reading of a case's files gave.
+
+    Args:
+        counts: voxels by own label value.
+        problem: what is wrong with the files, None if nothing.
+        crop: None if there is a problem.
+        intensities: of the foreground of each step that has this case, by channel.
+    """
+
+    counts: Mapping[int, int] = field(default_factory=dict)
+    problem: str | None = None
+    crop: nnunet_api.Crop | None = None
+    intensities: Mapping[int | str, Sequence[np.ndarray]] = field(default_factory=dict)
 
 
-def _scan(case: Case, dataset_json: dict[str, Any]) -> _Scan:
-    """Read one case's label file and image headers; never raises."""
+def _scan(case: Case, dataset_json: dict[str, Any], wanted: Mapping[int | str, tuple[Mapping[int, int], int]]) -> Scan:
+    """Read one case's files, once for all steps; never raises.
+
+    Args:
+        wanted: step -> where the own label values go in it, and how many intensities to sample.
+    """
     for path in case.images:
         if not path.is_file():
-            return _Scan({}, f"{path}: got no file, expected the image of label {case.label.name}.")
+            return Scan(problem=f"{path}: got no file, expected the image of label {case.label.name}.")
     if not case.images:
-        return _Scan({}, f"{case.label}: got no image for this label, expected {case.name}_0000 in imagesTr.")
+        return Scan(problem=f"{case.label}: got no image for this label, expected {case.name}_0000 in imagesTr.")
     if not case.label.is_file():
-        return _Scan({}, f"{case.label}: got no file, expected the label of image {case.images[0].name}.")
-    if len(case.images) != len(dataset_json["channel_names"]):
-        return _Scan(
-            {},
-            f"{case.name}: got {len(case.images)} images, expected one for each of the "
-            f"{len(dataset_json['channel_names'])} channel_names of dataset.json.",
+        return Scan(problem=f"{case.label}: got no file, expected the label of image {case.images[0].name}.")
+    n_channels = len(dataset_json["channel_names"])
+    if len(case.images) != n_channels:
+        return Scan(
+            problem=f"{case.name}: got {len(case.images)} images, expected one for each of the {n_channels} "
+            "channel_names of dataset.json."
         )
     try:
+        if difference := _grid_difference(case.images, case.label):
+            return Scan(problem=f"{case.label}: {difference}")
         reader = nnunet_api.reader_writer(dataset_json, case.label)
+        images, properties = reader.read_images([str(path) for path in case.images])
         seg, _ = reader.read_seg(str(case.label))
-        difference = _grid_difference(case.images, case.label)
     except Exception as error:
-        return _Scan({}, f"{case.label}: got an unreadable image or label ({error}), expected files nnU-Net can read.")
-    if difference:
-        return _Scan({}, f"{case.label}: {difference}")
-    values, counts = np.unique(seg, return_counts=True)
-    if unknown := [v for v in values.tolist() if v not in case.table]:
-        return _Scan(
-            {},
-            f"{case.label}: got label values {unknown}, expected only {sorted(case.table)} of dataset.json.",
+        return Scan(
+            problem=f"{case.label}: got an unreadable image or label ({error}), expected files nnU-Net can read."
         )
-    return _Scan({int(v): int(n) for v, n in zip(values, counts, strict=True)}, None)
+    if not np.isfinite(images).all():
+        return Scan(problem=f"{case.images[0]}: got voxels that are not finite (NaN or infinite), expected numbers.")
+    if unknown := [v for v in np.unique(seg).tolist() if v not in case.table]:
+        return Scan(
+            problem=f"{case.label}: got label values {unknown}, expected only {sorted(case.table)} of dataset.json."
+        )
+    images, seg, crop = nnunet_api.crop_case(images, seg, properties["spacing"])
+    values, counts = np.unique(seg[seg >= 0], return_counts=True)
+    found = dict(zip(values.tolist(), counts.tolist(), strict=True))
+    intensities = {
+        step: nnunet_api.foreground_intensities(images, apply_remap(seg, {-1: 0, **table}), n_samples)
+        for step, (table, n_samples) in wanted.items()
+    }
+    return Scan(found, None, crop, intensities)
 
 
 def _grid_difference(images: Sequence[Path], label: Path) -> str:
@@ -180,51 +205,65 @@ def _grid_difference(images: Sequence[Path], label: Path) -> str:
     return ""
 
 
-def check_sources(schedule: Schedule, with_joint: bool) -> dict[int, list[Case]]:
-    """Read every label file once and check it; returns the cases by step.
+def check_sources(schedule: Schedule, cases: Mapping[int | str, Sequence[Case]]) -> dict[Path, Scan]:
+    """Read every image and label once and check them; returns what was found, by label file.
+
+    Args:
+        cases: by step, and of ``"joint"`` if that is to be trained.
 
     Raises:
         ValueError: all problems at once: images without labels and the reverse, label values that dataset.json does not
-            have, grids that differ, a step without cases or without any voxel of one of its classes.
+            have, grids that differ, voxels that are not finite, a step without cases or without any voxel of one of its
+            classes.
     """
-    by_step = {step: step_cases(schedule, step) for step in range(1, len(schedule.steps) + 1)}
-    problems: list[str] = []
-    counts: dict[int, Counter] = {step: Counter() for step in by_step}
-    scanned: dict[tuple[Path, int], _Scan] = {}
-    for step, cases in by_step.items():
+    scans = _scan_all(schedule, cases)
+    problems = [scan.problem for scan in scans.values() if scan.problem]
+    for step in range(1, len(schedule.steps) + 1):
         folder = step_source(schedule, step)
-        problems += [p for p in _labels_without_images(folder, cases, schedule) if p not in problems]
-        dataset_json = dataset_json_of(folder)
-        todo = [case for case in cases if (case.label, 0) not in scanned]
-        scanned.update(zip([(case.label, 0) for case in todo], _scan_all(todo, dataset_json), strict=True))
-        for case in cases:
-            scan = scanned[(case.label, 0)]
-            if scan.problem and scan.problem not in problems:
-                problems.append(scan.problem)
-            for value, number in scan.counts.items():
-                counts[step][case.table[value]] += number
-        if not cases:
+        problems += [p for p in _labels_without_images(folder) if p not in problems]
+        found = [scans[case.label] for case in cases[step]]
+        where = f"{schedule.file}: steps[{step - 1}]"
+        if not found:
             problems.append(
-                f"{schedule.file}: steps[{step - 1}]: got no training case in {folder}, expected at least one that is "
-                "not a test subject."
+                f"{where}: got no training case in {folder}, expected at least one that is not a test subject."
             )
-        elif not any(scanned[(case.label, 0)].problem for case in cases):
+        elif not any(scan.problem for scan in found):
+            totals: Counter[int] = Counter()
+            for case, scan in zip(cases[step], found, strict=True):
+                for value, number in scan.counts.items():
+                    totals[case.table[value]] += number
+            labels = final_labels(schedule, step, {})
             problems += [
-                f"{schedule.file}: steps[{step - 1}]: got no voxel of {name!r} in the labels of its {len(cases)} "
-                "cases, expected at least one. Check the class map, or move the class to a step that has it."
+                f"{where}: got no voxel of {name!r} in the labels of its {len(found)} cases, expected at least one. "
+                "Check the class map, or move the class to a step that has it."
                 for name in schedule.steps[step - 1].classes
-                if not counts[step][final_labels(schedule, step, {})[name]]
+                if not totals[labels[name]]
             ]
-    if with_joint:
-        joint_cases(schedule)
     if problems:
         raise ValueError("the data do not fit the schedule; nothing was written:\n  " + "\n  ".join(problems))
-    return by_step
+    return scans
 
 
-def _labels_without_images(folder: Path, cases: Sequence[Case], schedule: Schedule) -> list[str]:
-    ending = dataset_json_of(folder)["file_ending"]
-    if "dataset" in dataset_json_of(folder):
+def _scan_all(schedule: Schedule, cases: Mapping[int | str, Sequence[Case]]) -> dict[Path, Scan]:
+    todo: dict[Path, tuple[Case, dict[str, Any], dict[int | str, tuple[Mapping[int, int], int]]]] = {}
+    for step, of_step in cases.items():
+        source = dataset_json_of(step_source(schedule, 1 if step == JOINT else int(step)))
+        n_samples = INTENSITY_SAMPLES // len(of_step) if step == 1 and of_step else INTENSITY_SAMPLES_LATER
+        for case in of_step:
+            todo.setdefault(case.label, (case, source, {}))[2][step] = (case.table, n_samples)
+    n_bytes = bytes_of([path for case, _, _ in todo.values() for path in case.images])
+    return dict(zip(todo, over_cases(_scan, list(todo.values()), n_bytes, "checking the data"), strict=True))
+
+
+def bytes_of(paths: Sequence[Path]) -> int:
+    """Size of the files that exist."""
+    return sum(path.stat().st_size for path in paths if path.is_file())
+
+
+def _labels_without_images(folder: Path) -> list[str]:
+    dataset_json = dataset_json_of(folder)
+    ending = dataset_json["file_ending"]
+    if "dataset" in dataset_json:
         return []
     images = set(nnunet_api.image_lists(folder / "imagesTr", ending))
     labels = {path.name[: -len(ending)] for path in (folder / "labelsTr").iterdir() if path.name.endswith(ending)}
@@ -233,13 +272,6 @@ def _labels_without_images(folder: Path, cases: Sequence[Case], schedule: Schedu
         "imagesTr."
         for name in sorted(labels - images)
     ]
-
-
-def _scan_all(cases: Sequence[Case], dataset_json: dict[str, Any]) -> list[_Scan]:
-    if len(cases) < PARALLEL_FROM_CASES or nnunet_api.worker_count(len(cases)) < 3:
-        return [_scan(case, dataset_json) for case in cases]
-    with ProcessPoolExecutor(nnunet_api.worker_count(len(cases)), mp_context=get_context("spawn")) as pool:
-        return list(pool.map(_scan, cases, [dataset_json] * len(cases), chunksize=4))
 
 
 def link(source: Path, target: Path) -> None:
@@ -334,9 +366,10 @@ def prepare_chain(chain: Chain, variants: Sequence[Variant]) -> None:
         for folder in (chain.raw(step), chain.preprocessed(step)):
             chain.check_not_foreign(folder)
     if not all(_is_prepared(chain, step) for step in steps) or not (chain.folder / "test" / "test.json").is_file():
-        cases: dict[int | str, list[Case]] = dict(check_sources(schedule, with_joint))
+        cases: dict[int | str, list[Case]] = {step: step_cases(schedule, step) for step in range(1, chain.n_steps + 1)}
         if with_joint:
             cases[JOINT] = joint_cases(schedule)
+        scans = check_sources(schedule, cases)
         chain.save()
         write_test_set(chain)
         for step in steps:
@@ -344,10 +377,11 @@ def prepare_chain(chain: Chain, variants: Sequence[Variant]) -> None:
             source = step_source(schedule, 1 if step == JOINT else number)
             labels = final_labels(schedule, number, dataset_json_of(source)["labels"])
             write_raw(chain, step, cases[step], labels, source)
-            _plan(chain, step)
-            if step == 1:
-                _warn_of_clipping(chain, cases)
-            _preprocess(chain, step)
+            if not _is_prepared(chain, step):
+                _plan(chain, step, cases[step], scans)
+                if step == 1:
+                    _warn_of_clipping(chain, cases)
+                _preprocess(chain, step, cases[step], scans)
     for variant in variants:
         write_variant_plans(chain, variant)
     chain.save()
@@ -364,20 +398,18 @@ def base_plans(chain: Chain) -> dict[str, Any]:
     return {key: value for key, value in json.loads(path.read_text()).items() if key != BLOCK_KEY}
 
 
-def _plan(chain: Chain, step: int | str) -> None:
+def _plan(chain: Chain, step: int | str, cases: Sequence[Case], scans: Mapping[Path, Scan]) -> None:
     """Fingerprint, splits, dataset.json and plans of one step, in its preprocessed folder."""
     folder = chain.preprocessed(step)
-    n_cases = dataset_json_of(chain.raw(step))["numTraining"]
-    if _is_prepared(chain, step):
-        return
     folder.mkdir(parents=True, exist_ok=True)
-    marker = {"chain": chain.schedule.name, "step": step, "n_cases": n_cases, "complete": [], "configurations": []}
+    marker = {"chain": chain.schedule.name, "step": step, "n_cases": len(cases), "complete": [], "configurations": []}
     write_json(folder / STEP_FILE, marker)
     shutil.copyfile(chain.raw(step) / "dataset.json", folder / "dataset.json")
-    if not (folder / "dataset_fingerprint.json").is_file():
-        nnunet_api.fingerprint(chain.dataset_id(step), nnunet_api.worker_count(n_cases))
-    names = sorted(nnunet_api.training_cases(chain.raw(step)))
-    write_json(folder / "splits_final.json", nnunet_api.crossval_splits(names))
+    found = [scans[case.label] for case in cases]
+    nnunet_api.write_fingerprint(
+        folder / "dataset_fingerprint.json", [scan.crop for scan in found], [scan.intensities[step] for scan in found]
+    )
+    write_json(folder / "splits_final.json", nnunet_api.crossval_splits([case.name for case in cases]))
     if step == 1:
         _plan_first_step(chain)
     else:
@@ -415,17 +447,48 @@ def _warn_of_clipping(chain: Chain, cases: Mapping[int | str, Sequence[Case]]) -
         warn_of_clipping(base_plans(chain), chain.schedule.configuration, own, cases[step], names, step)
 
 
-def _preprocess(chain: Chain, step: int | str) -> None:
-    if _is_prepared(chain, step):
-        return
-    configuration, name = chain.schedule.configuration, chain.content["plans_name"]
-    n_cases = dataset_json_of(chain.raw(step))["numTraining"]
-    nnunet_api.preprocess(chain.dataset_id(step), name, configuration, nnunet_api.worker_count(n_cases))
+def _preprocess(chain: Chain, step: int | str, cases: Sequence[Case], scans: Mapping[Path, Scan]) -> None:
+    """Bring a step's cases to the grid of the plans; an image that another step has there already is linked."""
+    configuration, plans = chain.schedule.configuration, base_plans(chain)
+    identifier = nnunet_api.plans_manager(plans).get_configuration(configuration).data_identifier
+    folder = chain.preprocessed(step) / identifier
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    labels = chain.preprocessed(step) / "gt_segmentations"
+    shutil.rmtree(labels, ignore_errors=True)
+    labels.mkdir()
+    dataset_json = dataset_json_of(chain.raw(step))
+    donors = _donors(chain, step, identifier) if nnunet_api.can_derive(plans, configuration) else {}
+    derive, anew = [], []
+    for case in cases:
+        label = chain.raw(step) / "labelsTr" / f"{case.name}{dataset_json['file_ending']}"
+        nnunet_api.link_or_copy(label, labels / label.name)
+        common = (folder / case.name, plans, configuration, dataset_json)
+        if case.name in donors:
+            derive.append((donors[case.name] / case.name, label, scans[case.label].crop, *common))
+        else:
+            anew.append((case.images, label, *common))
+    what = f"preprocessing {chain.dataset_name(step)}"
+    n_voxels = sum(math.prod(scans[case.label].crop.shape) for case in cases)
+    over_cases(nnunet_api.preprocess_case, anew, 4 * n_voxels, what)
+    over_cases(nnunet_api.derive_case, derive, n_voxels, what)
     marker = read_step_file(chain.preprocessed(step)) or {}
-    identifier = nnunet_api.plans_manager(base_plans(chain)).get_configuration(configuration).data_identifier
     marker["complete"] = sorted({*marker["complete"], identifier})
     marker["configurations"] = sorted({*marker["configurations"], configuration})
     write_json(chain.preprocessed(step) / STEP_FILE, marker)
+
+
+def _donors(chain: Chain, step: int | str, identifier: str) -> dict[str, Path]:
+    """Preprocessed folder of an earlier, finished step by case; only where equal names mean equal images."""
+    if chain.schedule.source is None:
+        return {}
+    earlier = [other for other in range(1, chain.n_steps + 1) if step == JOINT or other < int(step)]
+    finished = [other for other in earlier if _is_prepared(chain, other)]
+    return {
+        path.name.removesuffix(".pkl"): path.parent
+        for other in finished
+        for path in (chain.preprocessed(other) / identifier).glob("*.pkl")
+    }
 
 
 def write_variant_plans(chain: Chain, variant: Variant) -> None:

@@ -19,6 +19,7 @@ from nnunet_cil.chain import JOINT, Chain, Variant, write_json
 from nnunet_cil.dataset import block_of, prepare_chain
 from nnunet_cil.environment import trainer_path_variable
 from nnunet_cil.evaluate import collect_scores, evaluate_model, learned_at
+from nnunet_cil.parallel import worker_count
 from nnunet_cil.report.figures import plot_mean_dice
 from nnunet_cil.report.table import score_table
 from nnunet_cil.schedule import Schedule
@@ -192,7 +193,7 @@ def _train(chain: Chain, variant: Variant, step: int | str, fold: int | str, lab
     arguments = _arguments(chain, variant, step, fold)
     logger.info("%s%s\n  %s", label, " (resumed)" if resume else "", shlex.join(["nnUNetv2_train", *arguments]))
     environment = dict(os.environ, nnUNet_extTrainer=trainer_path_variable())
-    cores = nnunet_api.worker_count(64)
+    cores = worker_count(64)
     if "nnUNet_n_proc_DA" not in environment and cores <= FEW_CORES and device_of(chain.schedule).type == "cpu":
         environment["nnUNet_n_proc_DA"] = "0"  # worker processes and OpenMP fight for few cores
     log_path = chain.folder / "logs" / f"{chain.plans_name(variant)}_{step}_fold_{fold}.log"

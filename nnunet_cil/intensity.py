@@ -56,16 +56,7 @@ def _whole_image_properties(raw: Path, n_channels: int) -> dict[str, dict[str, f
     properties = {}
     for channel, parts in enumerate(samples):
         values = np.concatenate(parts).astype(np.float64)
-        low, middle, high = np.percentile(values, (0.05, 50, 99.95))
-        properties[str(channel)] = {
-            "mean": float(values.mean()),
-            "median": float(middle),
-            "std": float(values.std()),
-            "min": float(values.min()),
-            "max": float(values.max()),
-            "percentile_99_5": float(high),
-            "percentile_00_5": float(low),
-        }
+        properties[str(channel)] = nnunet_api.intensity_properties(values, tail_percent=0.05)
     return properties
 
 

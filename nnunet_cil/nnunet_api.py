@@ -9,14 +9,19 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import shutil
 import sys
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+from nnunet_cil.parallel import worker_count
 
 logger = logging.getLogger(__name__)
 
@@ -91,20 +96,6 @@ def environment_variable(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
-def worker_count(n_tasks: int) -> int:
-    """Worker processes for preprocessing, from the cores this process may use; nnUNet_def_n_proc overrides."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    limit = int(os.environ.get("nnUNet_def_n_proc", min(8, cores)))  # noqa: SIM112  (nnU-Net's spelling)
-    return max(1, min(limit, n_tasks))
-
-
-def fingerprint(dataset_id: int, n_workers: int) -> dict[str, Any]:
-    """Extract a raw dataset's fingerprint with nnU-Net's extractor and return it."""
-    from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprint_dataset
-
-    return extract_fingerprint_dataset(dataset_id, num_processes=n_workers, clean=True, verbose=False)
-
-
 def plan(dataset_id: int, planner: str) -> str:
     """Plan a raw dataset with the planner of this class name; returns the plans identifier.
 
@@ -135,11 +126,163 @@ def pool_and_kernels(spacing_mm: Sequence[float], patch_size: Sequence[int]) -> 
     return [list(s) for s in strides], [list(k) for k in kernels], tuple(int(p) for p in padded)
 
 
-def preprocess(dataset_id: int, plans_name: str, configuration: str, n_workers: int) -> None:
-    """Preprocess a raw dataset by its plans with nnU-Net's preprocessor; fills gt_segmentations too."""
-    from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess_dataset
+@dataclass(frozen=True)
+class Crop:
+    """What nnU-Net crops an image to: the box around its nonzero voxels, and which voxels in the box are nonzero.
 
-    preprocess_dataset(dataset_id, plans_name, (configuration,), (n_workers,), verbose=False)
+    Args:
+        spacing_mm: of the image's axes as read.
+        shape_before, shape: of the image and of the box, axes as read.
+    """
+
+    spacing_mm: tuple[float, ...]
+    shape_before: tuple[int, ...]
+    shape: tuple[int, ...]
+    packed_mask: bytes
+
+    @property
+    def mask(self) -> np.ndarray:
+        """Boolean, of ``shape``."""
+        bits = np.unpackbits(np.frombuffer(zlib.decompress(self.packed_mask), np.uint8), count=int(np.prod(self.shape)))
+        return bits.reshape(self.shape).astype(bool)
+
+
+def crop_case(images: np.ndarray, seg: np.ndarray, spacing_mm: Sequence[float]) -> tuple[np.ndarray, np.ndarray, Crop]:
+    """Crop a case as nnU-Net does.
+
+    Args:
+        images: (C, *spatial); seg: (1, *spatial).
+
+    Returns:
+        Cropped images; int32 labels, -1 where they are 0 and the image is zero; what the crop was.
+    """
+    from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
+
+    cropped, outside, bbox = crop_to_nonzero(images, np.zeros_like(seg, dtype=np.int8))
+    labels = seg[(slice(None), *(slice(*bounds) for bounds in bbox))].astype(np.int32)
+    labels[(labels == 0) & (outside < 0)] = -1
+    packed = zlib.compress(np.packbits(outside == 0).tobytes(), 1)
+    return cropped, labels, Crop(tuple(map(float, spacing_mm)), images.shape[1:], cropped.shape[1:], packed)
+
+
+def foreground_intensities(images: np.ndarray, seg: np.ndarray, n_samples: int) -> list[np.ndarray]:
+    """nnU-Net's seeded sample of the intensities above label 0, by channel; empty without such a voxel.
+
+    Args:
+        images: (C, *spatial), cropped; seg: (1, *spatial).
+    """
+    from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+
+    sampled, _ = DatasetFingerprintExtractor.collect_foreground_intensities(seg, images, num_samples=n_samples)
+    return [np.asarray(values) for values in sampled]
+
+
+def write_fingerprint(path: Path, crops: Sequence[Crop], intensities: Sequence[Sequence[np.ndarray]]) -> None:
+    """nnU-Net's ``dataset_fingerprint.json`` from what was measured in each case.
+
+    Args:
+        crops: by case; intensities: by case and channel.
+    """
+    from batchgenerators.utilities.file_and_folder_operations import save_json
+
+    by_channel = [np.concatenate([case[channel] for case in intensities]) for channel in range(len(intensities[0]))]
+    ratios = [np.prod(crop.shape) / np.prod(crop.shape_before) for crop in crops]
+    fingerprint = {
+        "spacings": [list(crop.spacing_mm) for crop in crops],
+        "shapes_after_crop": [list(crop.shape) for crop in crops],
+        "foreground_intensity_properties_per_channel": {
+            str(channel): intensity_properties(values) for channel, values in enumerate(by_channel)
+        },
+        "median_relative_size_after_cropping": float(np.median(ratios)),
+    }
+    save_json(fingerprint, str(path))
+
+
+def intensity_properties(values: np.ndarray, tail_percent: float = 0.5) -> dict[str, float]:
+    """The numbers that nnU-Net's plans hold of a channel; ``tail_percent`` on each side lies outside the CT window."""
+    low, middle, high = np.percentile(values, (tail_percent, 50.0, 100 - tail_percent))
+    return {
+        "mean": float(np.mean(values)),
+        "median": float(middle),
+        "std": float(np.std(values)),
+        "min": float(np.min(values)),
+        "max": float(np.max(values)),
+        "percentile_99_5": float(high),
+        "percentile_00_5": float(low),
+    }
+
+
+def preprocess_case(
+    images: Sequence[Path],
+    label: Path | None,
+    target: Path,
+    plans: Mapping[str, Any],
+    configuration: str,
+    dataset_json: Mapping[str, Any],
+) -> None:
+    """Preprocess a case with nnU-Net's preprocessor into ``target``.b2nd, ``target``_seg.b2nd and ``target``.pkl."""
+    manager = plans_manager(plans)
+    chosen = manager.get_configuration(configuration)
+    files = [str(path) for path in images]
+    seg_file = None if label is None else str(label)
+    chosen.preprocessor_class(verbose=False).run_case_save(
+        str(target), files, seg_file, manager, chosen, dict(dataset_json)
+    )
+
+
+def can_derive(plans: Mapping[str, Any], configuration: str) -> bool:
+    """Whether the preprocessor is nnU-Net's default one, whose handling of labels ``derive_case`` follows."""
+    from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+
+    return plans_manager(plans).get_configuration(configuration).preprocessor_class is DefaultPreprocessor
+
+
+def derive_case(
+    donor: Path,
+    label: Path,
+    crop: Crop,
+    target: Path,
+    plans: Mapping[str, Any],
+    configuration: str,
+    dataset_json: Mapping[str, Any],
+) -> None:
+    """What ``preprocess_case`` would write, from a preprocessed case of the same image with other labels.
+
+    The image is linked (copied where the file system has no hard links). The labels take the way of nnU-Net's
+    ``DefaultPreprocessor.run_case_npy``: transpose, crop, resample, class locations. The image file is not read.
+
+    Args:
+        donor: preprocessed case without file ending; target: likewise.
+        label: raw label file of this step.
+        crop: of the image.
+    """
+    from batchgenerators.utilities.file_and_folder_operations import load_pickle, write_pickle
+    from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
+
+    manager = plans_manager(plans)
+    chosen = manager.get_configuration(configuration)
+    properties = load_pickle(f"{donor}.pkl")
+    seg, _ = manager.image_reader_writer_class().read_seg(str(label))
+    axes = manager.transpose_forward
+    seg = seg.transpose([0, *[axis + 1 for axis in axes]])
+    seg = seg[(slice(None), *(slice(*bounds) for bounds in properties["bbox_used_for_cropping"]))].copy()
+    seg[(seg == 0) & ~crop.mask.transpose(axes)[None]] = -1
+    before = [properties["spacing"][axis] for axis in axes]
+    after = chosen.spacing if len(chosen.spacing) == len(before) else [before[0], *chosen.spacing]
+    seg = chosen.resampling_fn_seg(seg, compute_new_shape(seg.shape[1:], before, after), before, after)
+    labels = manager.get_label_manager(dict(dataset_json))
+    properties["class_locations"] = class_locations(seg, labels.foreground_labels, labels.has_ignore_label)
+    link_or_copy(Path(f"{donor}.b2nd"), Path(f"{target}.b2nd"))
+    save_segmentation(seg, Path(f"{target}_seg"), chosen.patch_size)
+    write_pickle(properties, f"{target}.pkl")
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Hard link a file, or copy it where the file system cannot."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def crossval_splits(cases: Sequence[str]) -> list[dict[str, list[str]]]:

@@ -22,7 +22,14 @@ def real_data(name: str) -> Path:
 
 
 def write_tiny_dataset(
-    folder: Path, n_cases: int = 6, shape=(16, 24, 24), channel: str = "MR", ignore: bool = False, seed: int = 0
+    folder: Path,
+    n_cases: int = 6,
+    shape=(16, 24, 24),
+    channel: str = "MR",
+    ignore: bool = False,
+    seed: int = 0,
+    spacing=(1.5, 1.5, 2.0),
+    outside: bool = False,
 ) -> Path:
     """Two organs, a bright ball and a dark box-like blob, in noise: raw format with split.json (the last is test)."""
     rng = np.random.default_rng(seed)
@@ -38,12 +45,16 @@ def write_tiny_dataset(
         image = rng.normal(100, 5, shape) + 60 * (labels == 1) - 50 * (labels == 2)
         if ignore:
             labels[0] = 3
+        if outside:  # zeros around the body, beyond the box and in a corner of it, and one labelled voxel among them
+            inside = np.linalg.norm((grid - np.array(shape) / 2) / np.array(shape), axis=-1) < 0.48
+            image, labels = image * inside, labels * inside
+            labels[tuple(np.argwhere(~inside & (grid[..., 0] == shape[0] // 2))[0])] = 1
         for array, path in (
             (image.astype(np.float32), folder / "imagesTr" / f"case_{case}_0000.nii.gz"),
             (labels, folder / "labelsTr" / f"case_{case}.nii.gz"),
         ):
             volume = SimpleITK.GetImageFromArray(array)
-            volume.SetSpacing((1.5, 1.5, 2.0))
+            volume.SetSpacing(spacing)
             SimpleITK.WriteImage(volume, str(path))
     labels_json = {"background": 0, "ball": 1, "blob": 2, **({"ignore": 3} if ignore else {})}
     content = {"channel_names": {"0": channel}, "labels": labels_json, "numTraining": n_cases, "file_ending": ".nii.gz"}

@@ -1,0 +1,63 @@
+"""Work on many cases: in this process where that is faster, else in worker processes, with a line of progress."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from time import monotonic
+from typing import Any, TypeVar
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+SMALL_BYTES = 64 * 2**20
+TELL_EVERY_SECONDS = 10.0
+
+
+def worker_count(n_tasks: int) -> int:
+    """Worker processes for ``n_tasks``, from the cores that this process may use; nnUNet_def_n_proc overrides."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limit = int(os.environ.get("nnUNet_def_n_proc", min(8, cores)))  # noqa: SIM112  (nnU-Net's spelling)
+    return max(1, min(limit, n_tasks))
+
+
+def over_cases(
+    function: Callable[..., Result], arguments: Sequence[tuple[Any, ...]], n_bytes: int, what: str
+) -> list[Result]:
+    """``function(*a)`` for every ``a`` of ``arguments``, results in their order.
+
+    Starting worker processes takes seconds, as each imports nnU-Net: below ``SMALL_BYTES`` this process does the work.
+
+    Args:
+        function: importable by a worker process.
+        n_bytes: size of the arrays to work on, as a measure of the work.
+        what: for the lines of progress, such as ``preprocessing step 1``.
+
+    Raises:
+        Exception: the first one that ``function`` raises.
+    """
+    workers = worker_count(len(arguments))
+    if workers == 1 or n_bytes < SMALL_BYTES:
+        return _told((function(*a) for a in arguments), len(arguments), what)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(function, *a) for a in arguments]
+        try:
+            return _told((future.result() for future in futures), len(arguments), what)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _told(results: Iterable[Result], total: int, what: str) -> list[Result]:
+    started = told = monotonic()
+    done: list[Result] = []
+    for result in results:
+        done.append(result)
+        if (now := monotonic()) - told > TELL_EVERY_SECONDS and len(done) < total:
+            told = now
+            left = (now - started) / len(done) * (total - len(done))
+            logger.info("%s: case %d of %d, about %.0f s left", what, len(done), total, left)
+    return done

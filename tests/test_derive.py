@@ -1,0 +1,93 @@
+"""Derived steps hold what nnU-Net's own fingerprint extraction and preprocessing would have made of them."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from batchgenerators.utilities.file_and_folder_operations import load_pickle
+from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprint_dataset
+
+from nnunet_cil import nnunet_api
+from nnunet_cil.chain import JOINT, Chain
+from nnunet_cil.dataset import prepare_chain
+from nnunet_cil.schedule import load_schedule
+from tests.conftest import write_schedule, write_tiny_dataset
+
+
+def assert_equal(ours, theirs):
+    assert type(ours) is type(theirs)
+    if isinstance(ours, dict):
+        assert list(ours) == list(theirs)
+        for key in ours:
+            assert_equal(ours[key], theirs[key])
+    elif isinstance(ours, (list, tuple)):
+        assert len(ours) == len(theirs)
+        for a, b in zip(ours, theirs, strict=True):
+            assert_equal(a, b)
+    else:
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("configuration", "plans", "ignore"),
+    [
+        ("3d_fullres", "{patch_size: [16, 16, 16], features_per_stage: [4, 8, 8], spacing: [2.5, 1.0, 2.0]}", False),
+        ("3d_fullres", "{patch_size: [16, 16, 16], features_per_stage: [4, 8, 8]}", True),
+        ("2d", "{patch_size: [16, 16], features_per_stage: [4, 8, 8], spacing: [1.2, 1.0]}", False),
+    ],
+    ids=["resampled", "ignore-label", "2d"],
+)
+def test_derived_files_equal_nnunets_own(nnunet_folders, tmp_path, monkeypatch, configuration, plans, ignore):
+    source = write_tiny_dataset(
+        tmp_path / "source", n_cases=3, ignore=ignore, outside=True, spacing=(1.5, 2.0, 1.0), shape=(18, 24, 26)
+    )
+    path = write_schedule(tmp_path / "s.yaml", source, configuration=configuration, plans=plans)
+    chain = Chain.open(load_schedule(path))
+    preprocessed, preprocess = [], nnunet_api.preprocess_case
+    monkeypatch.setattr(nnunet_api, "preprocess_case", lambda *a: (preprocessed.append(a[0]), preprocess(*a)))
+    prepare_chain(chain, [chain.variant("pgcd", 0), chain.variant("joint", 0)])
+    assert len(preprocessed) == 2, "each image is preprocessed once for three datasets"
+    plans = json.loads((chain.preprocessed(1) / "nnUNetPlans.json").read_text())
+    for step in (1, 2, JOINT):
+        ours, raw = chain.preprocessed(step) / f"nnUNetPlans_{configuration}", chain.raw(step)
+        theirs = tmp_path / f"theirs_{step}"
+        theirs.mkdir()
+        dataset_json = json.loads((raw / "dataset.json").read_text())
+        for case, (images, label) in nnunet_api.training_cases(raw).items():
+            preprocess(images, label, theirs / case, plans, configuration, dataset_json)
+            theirs_case = nnunet_api.preprocessed_dataset(theirs).load_case(case)
+            ours_case = nnunet_api.preprocessed_dataset(ours).load_case(case)
+            for i in (0, 1):
+                assert ours_case[i].dtype == theirs_case[i].dtype
+                np.testing.assert_array_equal(ours_case[i][:], theirs_case[i][:])
+            assert_equal(ours_case[3], theirs_case[3])
+            assert -1 in ours_case[1][:], "the case shows nothing if no voxel lies outside"
+            assert (ours.parent / "gt_segmentations" / label.name).read_bytes() == label.read_bytes()
+        assert len(list(ours.glob("*.pkl"))) == len(list((ours.parent / "gt_segmentations").iterdir())) == 2
+
+
+def test_fingerprints_equal_nnunets_own(nnunet_folders, tmp_path):
+    source = write_tiny_dataset(tmp_path / "source", n_cases=3, outside=True)
+    chain = Chain.open(load_schedule(write_schedule(tmp_path / "s.yaml", source)))
+    prepare_chain(chain, [chain.variant("pgcd", 0)])
+    for step in (1, 2):
+        ours = json.loads((chain.preprocessed(step) / "dataset_fingerprint.json").read_text())
+        extract_fingerprint_dataset(chain.dataset_id(step), num_processes=1, verbose=False)
+        theirs = json.loads((chain.preprocessed(step) / "dataset_fingerprint.json").read_text())
+        channels = [f.pop("foreground_intensity_properties_per_channel") for f in (ours, theirs)]
+        assert ours == theirs
+        if step == 1:
+            assert channels[0] == channels[1]
+        else:  # fewer samples, as nothing is planned from them
+            assert channels[0]["0"] == pytest.approx(channels[1]["0"], rel=0.02)
+
+
+def test_derived_images_take_no_space(nnunet_folders, tmp_path):
+    chain = Chain.open(load_schedule(write_schedule(tmp_path / "s.yaml", write_tiny_dataset(tmp_path / "source"))))
+    prepare_chain(chain, [chain.variant("pgcd", 0)])
+    first, second = (chain.preprocessed(step) / "nnUNetPlans_3d_fullres" for step in (1, 2))
+    assert (first / "case_0.b2nd").samefile(second / "case_0.b2nd")
+    assert not (first / "case_0_seg.b2nd").samefile(second / "case_0_seg.b2nd")
+    assert set(load_pickle(str(second / "case_0.pkl"))["class_locations"]) == {1, 2}
