@@ -9,16 +9,50 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import distributed as dist
 from torch import nn
+from torch.autograd.function import once_differentiable
 
+from nnunet_cil.losses.chunked import chunks
 from nnunet_cil.losses.distillation import at_least_float32
 
 TARGET_CONFIDENCE = 0.9
 FALLBACK_TEMPERATURE = 0.1
+
+
+class _MaskedSums(torch.autograd.Function):
+    """Sums by class as matrix products of one-hot labels and features, piece by piece; the gradient is a look-up."""
+
+    @staticmethod
+    def forward(ctx: Any, features: torch.Tensor, labels: torch.Tensor, n_classes: int) -> tuple[torch.Tensor, ...]:
+        flat, label = features.detach().flatten(2), labels.flatten(1).to(torch.int16)  # 4 times faster to compare
+        dtype = at_least_float32(flat[..., :1]).dtype
+        sums = torch.zeros(n_classes, flat.shape[1], dtype=dtype, device=flat.device)
+        counts = torch.zeros(n_classes, dtype=dtype, device=flat.device)
+        classes = torch.arange(n_classes, dtype=label.dtype, device=labels.device)[:, None]
+        for b, where in chunks(flat, max(n_classes, flat.shape[1])):
+            mask = (label[b, where] == classes).to(dtype)
+            sums += mask @ at_least_float32(flat[b, :, where]).mT
+            counts += mask.sum(1)
+        ctx.save_for_backward(labels)
+        ctx.layout = (features.stride(1) == 1, features.dtype, n_classes)
+        ctx.mark_non_differentiable(counts)
+        return sums, counts
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_sums: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (labels,) = ctx.saved_tensors
+        channels_last, dtype, n_classes = ctx.layout
+        outside = (labels < 0) | (labels >= n_classes)
+        rows = torch.cat([grad_sums, torch.zeros_like(grad_sums[:1])]).to(dtype)
+        index = torch.where(outside, n_classes, labels)
+        gradient = rows[index].movedim(-1, 1) if channels_last else rows.mT[:, index].movedim(0, 1)
+        return gradient, None, None
 
 
 def masked_sums(features: torch.Tensor, labels: torch.Tensor, n_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,10 +66,7 @@ def masked_sums(features: torch.Tensor, labels: torch.Tensor, n_classes: int) ->
         Sums (K, D) and counts (K,), float32 or that of float64 features; zeros for a class without voxels.
     """
     with torch.autocast(features.device.type, enabled=False):
-        features = at_least_float32(features)
-        classes = torch.arange(n_classes, device=labels.device)
-        masks = (labels.flatten(1)[:, None] == classes[:, None]).to(features.dtype)
-        return torch.bmm(features.flatten(2), masks.mT).sum(0).mT, masks.sum((0, 2))
+        return _MaskedSums.apply(features, labels, n_classes)
 
 
 def masked_average(

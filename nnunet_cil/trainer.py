@@ -114,7 +114,7 @@ class IncrementalTrainer(nnUNetTrainer):
 
     def _set_memory_format(self, network: nn.Module) -> None:
         features = self.configuration_manager.network_arch_init_kwargs["features_per_stage"]
-        set_memory_format(network, self.device, features[0])
+        set_memory_format(network, self.device, features[0], self.label_manager.num_segmentation_heads)
 
     def configure_optimizers(self):
         optimizer, scheduler = super().configure_optimizers()

@@ -50,17 +50,18 @@ def test_memory_format_changes_the_layout_and_not_the_result(conv, shape):
         torch.randn(2, 1, *shape),
     )  # a batch of one this small would not go through oneDNN
     before = network(x)
-    set_memory_format(network, CPU, 4)
+    set_memory_format(network, CPU, 4, 2)
     after = network(x)
     assert after.stride()[1] == 1
     torch.testing.assert_close(after, before)
     assert before.stride()[1] != 1
 
 
-def test_memory_format_stays_with_many_features():
-    network = nn.Sequential(nn.Conv3d(1, 32, 3))
-    set_memory_format(network, CPU, 32)
-    assert network(torch.randn(1, 1, 8, 8, 8)).is_contiguous()
+@pytest.mark.parametrize(("features", "outputs"), [(32, 2), (8, 106)])
+def test_memory_format_stays_with_many_channels(features, outputs):
+    network = nn.Sequential(nn.Conv3d(1, features, 3))
+    set_memory_format(network, CPU, features, outputs)
+    assert network(torch.randn(2, 1, 8, 8, 8)).is_contiguous()
 
 
 @pytest.mark.parametrize("deep_supervision", [True, False])

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cosine_similarity
 
+from nnunet_cil.losses import chunked
 from nnunet_cil.losses.distillation import fold_logits, folded_distillation
 from nnunet_cil.losses.pgcd import PGCDLoss, calibration_weights, pgcd_channel, pgcd_spatial, similarity
 
@@ -111,7 +112,7 @@ def test_spatial_value_by_hand():
     teacher = torch.log(torch.tensor([0.8, 0.2])).view(1, 2, 1)
     weights = torch.tensor([2.0, 0.5]).view(1, 2, 1)
     expected = 2 * (0.8 * math.log(1.6) - 0.3) + 0.5 * (0.2 * math.log(0.4) + 0.3)
-    found = pgcd_spatial(student, teacher, weights, torch.ones(1, 1, dtype=torch.bool))
+    found, _ = pgcd_spatial(student, teacher, weights)
     assert found.item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -120,15 +121,7 @@ def test_channel_value_by_hand():
     student = teacher + torch.tensor([1.0, 2.0, 5.0]).view(1, 3, 1)
     prototypes = torch.tensor([[1.0, 2.0, 3.0], [9.0, 9.0, 9.0]])
     assignment = torch.tensor([0.75, 0.25]).view(1, 2, 1)
-    found = pgcd_channel(
-        student,
-        teacher,
-        assignment,
-        prototypes,
-        torch.zeros(3),
-        torch.zeros(1, 1, dtype=torch.long),
-        torch.ones(1, 1) > 0,
-    )
+    found, _ = pgcd_channel(student, teacher, assignment, prototypes, torch.zeros(3))
     assert found.item() == pytest.approx(0.75 * (2 * 1 + 2 * 4) / 4, rel=1e-6)
 
 
@@ -150,10 +143,34 @@ def test_both_terms_equal_a_loop_over_voxels(spatial, balance, usable):
 
 def test_with_equal_weights_it_is_the_folded_distillation():
     batch = Batch()
-    found = pgcd_spatial(batch.student_logits, batch.teacher_logits, torch.ones(2, N_OLD, 3, 4), batch.mask)
+    found = pgcd_spatial(batch.student_logits, batch.teacher_logits, torch.ones(2, N_OLD, 3, 4))[0][batch.mask].mean()
     torch.testing.assert_close(found, folded_distillation(batch.student_logits, batch.teacher_logits, batch.mask))
     batch.usable[:] = False
     torch.testing.assert_close(batch.loss()["pgcd_spatial"], found)
+
+
+@pytest.mark.parametrize("chunk", [1, 40])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("balance", [None, torch.tensor([0.5, 2.0, 4.0])])
+def test_pieces_change_neither_values_nor_gradients(monkeypatch, chunk, channels_last, balance):
+    monkeypatch.setitem(chunked.CHUNK_ELEMENTS, "cpu", chunk)
+    batch = Batch((2, 3, 4))
+    if channels_last:
+        for name in ("student_logits", "teacher_logits", "student_features", "teacher_features"):
+            setattr(batch, name, getattr(batch, name).to(memory_format=torch.channels_last_3d))
+    inputs = [batch.student_logits.requires_grad_(), batch.student_features.requires_grad_()]
+    loss = PGCDLoss(N_OLD, w_max=1.5, eta=0.1)
+    loss.set_balance(balance)
+    terms = loss(**vars(batch))
+    found = torch.autograd.grad(3 * terms["pgcd_spatial"] + 2 * terms["pgcd_channel"], inputs)
+    monkeypatch.setitem(chunked.CHUNK_ELEMENTS, "cpu", 10**9)
+    whole = loss(**vars(batch))
+    for name, value in whole.items():
+        torch.testing.assert_close(terms[name], value, rtol=1e-5, atol=1e-7)
+    expected = torch.autograd.grad(3 * whole["pgcd_spatial"] + 2 * whole["pgcd_channel"], inputs)
+    for ours, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-7)
+        assert (ours.stride()[1] == 1) == channels_last
 
 
 def test_zero_where_student_and_teacher_agree():
@@ -173,19 +190,22 @@ def test_never_negative_and_zero_at_the_folded_student(seed, scale, tau, w_max):
     batch.tau = torch.tensor(tau)
     _, weights = batch.calibrated(w_max)
     student = scale * batch.student_logits
-    assert pgcd_spatial(student, scale * batch.teacher_logits, weights, batch.mask) >= -1e-12
-    assert pgcd_spatial(student, fold_logits(student, N_OLD), weights, batch.mask).abs() < 1e-12
+    assert (pgcd_spatial(student, scale * batch.teacher_logits, weights)[0] >= -1e-12).all()
+    assert (pgcd_spatial(student, fold_logits(student, N_OLD), weights)[0].abs() < 1e-12).all()
     assert batch.loss()["pgcd_channel"] >= 0
 
 
-def test_gradients_are_right_in_float64():
+@pytest.mark.parametrize("balance", [None, torch.tensor([0.5, 2.0, 4.0], dtype=torch.float64)])
+def test_gradients_are_right_in_float64(balance):
     batch = Batch((3,), dtype=torch.float64)
+    loss = PGCDLoss(N_OLD, w_max=1.5, eta=1.0)
+    loss.set_balance(balance)
     batch.student_logits.requires_grad_()
     batch.student_features.requires_grad_()
 
     def total(student_logits, student_features):
         batch.student_logits, batch.student_features = student_logits, student_features
-        return tuple(batch.loss(eta=1.0).values())
+        return tuple(loss(**vars(batch)).values())
 
     assert torch.autograd.gradcheck(total, (batch.student_logits, batch.student_features))
 

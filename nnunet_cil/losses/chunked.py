@@ -1,0 +1,63 @@
+"""Loss terms over voxels, piece by piece: no map over all voxels is held but the gradient of the inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from nnunet_cil.losses.distillation import at_least_float32
+
+CHUNK_ELEMENTS = {"cpu": 2**19}  # a piece of each map fits into the cache, and calls are few
+DEFAULT_CHUNK_ELEMENTS = 2**26  # elsewhere pieces are there to bound the memory
+
+Terms = Callable[..., Sequence[tuple[torch.Tensor, torch.Tensor]]]
+
+
+def sums_over_chunks(terms: Terms, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Sum of each term over all voxels, differentiable by the inputs; term i depends on input i alone.
+
+    Args:
+        terms: called with the number of the image in the batch, the slice of its flattened voxels, and the pieces
+            (1, C_i, v) of the inputs, float32 where these are of half precision; gives for each input a scalar and its
+            derivative by the piece.
+        inputs: (B, C_i, *S) each; what else the terms need they bring along.
+    """
+    return _SumsOverChunks.apply(terms, *inputs)
+
+
+def chunks(flat: torch.Tensor, n_channels: int) -> Iterator[tuple[int, slice]]:
+    """Image by image, the voxels of (B, C, V) in pieces on which a map of ``n_channels`` stays small."""
+    batch, _, n_voxels = flat.shape
+    size = max(1, CHUNK_ELEMENTS.get(flat.device.type, DEFAULT_CHUNK_ELEMENTS) // n_channels)
+    for b in range(batch):
+        for start in range(0, n_voxels, size):
+            yield b, slice(start, start + size)
+
+
+class _SumsOverChunks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, terms: Terms, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        flat = [tensor.flatten(2) for tensor in inputs]
+        wanted = any(ctx.needs_input_grad)
+        gradients = [torch.empty_like(tensor) if wanted else None for tensor in flat]
+        totals: list[torch.Tensor] = []
+        for b, where in chunks(flat[0], max(tensor.shape[1] for tensor in flat)):
+            found = terms(b, where, *(at_least_float32(tensor[b : b + 1, :, where]) for tensor in flat))
+            if wanted:
+                for whole, (_, gradient) in zip(gradients, found, strict=True):
+                    whole[b : b + 1, :, where] = gradient
+            values = [value for value, _ in found]
+            totals = [t + v for t, v in zip(totals, values, strict=True)] if totals else values
+        ctx.shapes = [tensor.shape for tensor in inputs]
+        if wanted:
+            ctx.save_for_backward(*gradients)
+        return tuple(totals)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        scaled = [g * u.to(g.dtype) for g, u in zip(ctx.saved_tensors, upstream, strict=True)]
+        return None, *(g.unflatten(2, shape[2:]) for g, shape in zip(scaled, ctx.shapes, strict=True))
