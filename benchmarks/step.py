@@ -41,7 +41,8 @@ def contestants(names: Sequence[str], network: str, n_classes: int, device: torc
 
     Args:
         names: ``stock``, ``stock + teacher`` (the floor: one teacher forward beside nnU-Net's step), or a method with
-            the setting of ``amp`` behind it: ``pgcd off``, ``pgcd bfloat16``.
+            the setting of ``amp`` behind it (``pgcd off``, ``pgcd bfloat16``) and, if it is not 2, the number of the
+            step (``pgcd off 6``); the number of classes stays.
     """
     chosen = NETWORKS[network]
     batch = batch_of(chosen, n_classes, device)
@@ -55,8 +56,8 @@ def contestants(names: Sequence[str], network: str, n_classes: int, device: torc
             elif name == FLOOR:
                 steps[name] = _floor(stock_trainer(chosen, n_classes, device), chosen, n_classes, device, batch)
             else:
-                method, amp = name.split()
-                trainer = incremental_trainer(chosen, n_classes, device, method, amp)
+                method, amp, *step = name.split()
+                trainer = incremental_trainer(chosen, n_classes, device, method, amp, int(*step or [2]))
                 steps[name] = lambda trainer=trainer: trainer.train_step(batch)
     return steps
 

@@ -31,7 +31,6 @@ class StepBlock:
         mirror_axes: axes that augmentation and prediction may mirror; None keeps nnU-Net's choice, () means none.
         teacher: model folder of step - 1, relative to nnUNet_results; None at step 1.
         teacher_checkpoint: file name of the teacher's checkpoint in its ``fold_X``.
-        allow_other_folds: accept a teacher trained on other folds than the student.
     """
 
     chain: str
@@ -43,7 +42,6 @@ class StepBlock:
     mirror_axes: tuple[int, ...] | None = None
     teacher: str | None = None
     teacher_checkpoint: str = "checkpoint_final.pth"
-    allow_other_folds: bool = False
 
     @property
     def old_classes(self) -> tuple[str, ...]:
@@ -96,6 +94,12 @@ class StepBlock:
                 f"plans['{BLOCK_KEY}']: got unknown keys {unknown}, expected only {sorted(known)}. "
                 "The plans were written by another version of nnunet-cil: run `nnunet-cil prepare` again."
             )
+        for key, names in (("settings", METHOD_DEFAULTS), ("training", {f.name for f in fields(Training)})):
+            if unknown := sorted(set(raw.get(key, {})) - set(names)):
+                raise ValueError(
+                    f"plans['{BLOCK_KEY}']: {key}: got unknown keys {unknown}, expected only {sorted(names)}. Run "
+                    "`nnunet-cil prepare` again: it writes the plans from the schedule."
+                )
         block = cls(
             **dict(
                 raw,

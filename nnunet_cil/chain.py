@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from nnunet_cil.step_files import read_step_file
 
 logger = logging.getLogger(__name__)
 
-FIRST_FREE_ID = 500
+FIRST_FREE_ID, LAST_ID = 500, 999
 JOINT = "joint"
 _TRAINER_PREFIX = "nnUNetTrainer"
 
@@ -68,6 +69,7 @@ class Chain:
     def __init__(self, schedule: Schedule, content: dict[str, Any]) -> None:
         self.schedule = schedule
         self.content = content
+        self._abandoned: list[Path] = []
         self.paths = nnunet_api.nnunet_paths()
         self.folder = self.paths["nnUNet_results"] / f"chain_{schedule.name}"
 
@@ -80,13 +82,19 @@ class Chain:
         """
         folder = nnunet_api.nnunet_paths()["nnUNet_results"] / f"chain_{schedule.name}"
         path = folder / "chain.json"
-        if path.is_file():
-            chain = cls(schedule, json.loads(path.read_text()))
-            chain._check_same_schedule()
-        else:
-            count = len(schedule.steps) + 1
-            numbers = _free_ids(schedule, count)
+        known = json.loads(path.read_text()) if path.is_file() else None
+        abandoned: list[Path] = []
+        if known is not None:
+            chain = cls(schedule, known)
+            differing = chain._differing_keys()
+            if differing and chain.content["plans_name"] is not None:
+                chain._refuse_other_schedule(differing)
+            if differing:  # a mistake was mended before anything was planned
+                abandoned, known = [folder for folder in chain._own_datasets() if chain._made(folder)], None
+        if known is None:
+            numbers = _free_ids(schedule, len(schedule.steps) + 1, {path.name for path in abandoned})
             chain = cls(schedule, {"datasets": numbers[:-1], JOINT: numbers[-1], "plans_name": None})
+            chain._abandoned = abandoned
         chain.content = {"name": schedule.name, "schedule": schedule.to_dict(), **_without(chain.content, "schedule")}
         return chain
 
@@ -94,17 +102,34 @@ class Chain:
         """Write ``chain.json``."""
         write_json(self.folder / "chain.json", self.content)
 
-    def _check_same_schedule(self) -> None:
+    def _differing_keys(self) -> list[str]:
+        """``key: before, now`` for what may not change while a chain runs: all but the device and the test set."""
         before, now = self.content["schedule"], json.loads(json.dumps(self.schedule.to_dict()))
-        ignored = ("device", "test", "file")
-        differing = [key for key in sorted(set(before) | set(now)) if before.get(key) != now.get(key)]
-        differing = [key for key in differing if key not in ignored]
-        if differing:
-            lines = "\n  ".join(f"{key}: chain {before.get(key)}, schedule {now.get(key)}" for key in differing)
-            raise ValueError(
-                f"{self.schedule.file}: got another schedule than the chain in {self.folder} was started with, "
-                f"expected the same:\n  {lines}\nGive the schedule another name, or remove that folder to start anew."
-            )
+        keys = sorted((set(before) | set(now)) - {"device", "test"})
+        return [f"{k}: chain {before.get(k)}, schedule {now.get(k)}" for k in keys if before.get(k) != now.get(k)]
+
+    def _refuse_other_schedule(self, differing: Sequence[str]) -> None:
+        folders = "".join(f"\n  {folder}" for folder in (self.folder, *self._own_datasets()))
+        lines = "\n  ".join(differing)
+        raise ValueError(
+            f"{self.schedule.file}: got another schedule than the chain in {self.folder} was started with, expected "
+            f"the same:\n  {lines}\nGive the schedule another name, or remove these folders to start anew:{folders}"
+        )
+
+    def _own_datasets(self) -> list[Path]:
+        numbers = [*self.content["datasets"], self.content[JOINT]]
+        return [
+            folder
+            for root in self.paths.values()
+            for number in numbers
+            for folder in root.glob(f"Dataset{number:03d}_{self.schedule.name.replace('-', '_')}_*")
+        ]
+
+    def discard_abandoned(self) -> None:
+        """Remove the unfinished datasets of another schedule of this name that was never planned."""
+        for folder in self._abandoned:
+            shutil.rmtree(folder)
+        self._abandoned = []
 
     @property
     def n_steps(self) -> int:
@@ -166,16 +191,20 @@ class Chain:
             and (folder / "validation" / "summary.json").is_file()
         )
 
+    def _made(self, folder: Path) -> bool:
+        step = read_step_file(folder)
+        return step is not None and step["chain"] == self.schedule.name
+
     def check_not_foreign(self, folder: Path) -> None:
         """Refuse to write into a dataset folder that this chain did not make.
 
         Raises:
             FileExistsError: the folder exists and is not of this chain.
         """
-        if not folder.exists():
+        if not folder.exists() or not any(folder.iterdir()):
             return
-        step = read_step_file(folder)
-        if step is None or step["chain"] != self.schedule.name:
+        if not self._made(folder):
+            step = read_step_file(folder)
             owner = "no chain" if step is None else f"chain {step['chain']!r}"
             raise FileExistsError(
                 f"{folder}: got a dataset of {owner}, expected a free place for chain {self.schedule.name!r}. It is "
@@ -187,11 +216,17 @@ def _without(content: Mapping[str, Any], *keys: str) -> dict[str, Any]:
     return {key: value for key, value in content.items() if key not in keys}
 
 
-def _free_ids(schedule: Schedule, count: int) -> list[int]:
+def _free_ids(schedule: Schedule, count: int, abandoned: Set[str]) -> list[int]:
     """``count`` consecutive dataset numbers that nobody uses; from the given one on, if the schedule gives one."""
-    taken = nnunet_api.taken_dataset_ids()
+    folders = {number: names - abandoned for number, names in nnunet_api.taken_dataset_ids().items()}
+    taken = _ids_of_other_chains(schedule.name) | {number: names for number, names in folders.items() if names}
     if schedule.dataset_id is not None:
         numbers = list(range(schedule.dataset_id, schedule.dataset_id + count))
+        if numbers[-1] > LAST_ID:
+            raise ValueError(
+                f"{schedule.file}: dataset_id: got {schedule.dataset_id}, expected at most {LAST_ID + 1 - count}: the "
+                f"chain takes {count} numbers and nnU-Net's end at {LAST_ID}."
+            )
         if clash := sorted(name for number in numbers for name in taken.get(number, ())):
             raise ValueError(
                 f"{schedule.file}: dataset_id: got {schedule.dataset_id}, expected {count} free numbers from there on, "
@@ -201,6 +236,15 @@ def _free_ids(schedule: Schedule, count: int) -> list[int]:
     first = FIRST_FREE_ID
     while any(number in taken for number in range(first, first + count)):
         first += 1
-    if first + count > 1000:
-        raise ValueError(f"{schedule.file}: got no {count} free dataset numbers from {FIRST_FREE_ID} to 999.")
+    if first + count - 1 > LAST_ID:
+        raise ValueError(f"{schedule.file}: got no {count} free dataset numbers from {FIRST_FREE_ID} to {LAST_ID}.")
     return list(range(first, first + count))
+
+
+def _ids_of_other_chains(name: str) -> dict[int, set[str]]:
+    """Numbers that chains keep for datasets which they have not made yet."""
+    files = nnunet_api.nnunet_paths()["nnUNet_results"].glob("chain_*/chain.json")
+    others = [content for file in files if (content := json.loads(file.read_text()))["name"] != name]
+    return {
+        number: {f"chain {content['name']}"} for content in others for number in [*content["datasets"], content[JOINT]]
+    }

@@ -6,6 +6,7 @@ sources are read and checked before anything is written.
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import math
@@ -28,7 +29,7 @@ from nnunet_cil.labels import apply_remap, cumulative_labels, remap_table
 from nnunet_cil.parallel import over_cases
 from nnunet_cil.plan_override import apply_override
 from nnunet_cil.schedule import Schedule
-from nnunet_cil.step_files import STEP_FILE, read_step_file
+from nnunet_cil.step_files import STEP_FILE, count_whole_cases, read_step_file
 
 logger = logging.getLogger(__name__)
 
@@ -82,9 +83,13 @@ def step_cases(schedule: Schedule, step: int) -> list[Case]:
     class_map = new.class_map if new.class_map is not None else {name: name for name in new.classes}
     table = remap_table(own, class_map, target)
     labelled = tuple(target[name] for name in new.classes)
-    held_out = _test_subjects(schedule, folder)
+    held_out = _held_out(schedule)
     listed = nnunet_api.training_cases(folder)
-    names = [name for name in sorted(listed) if name not in held_out]
+    names = [
+        name
+        for name in sorted(listed)
+        if not any(path.is_file() and _file_id(path) in held_out for path in listed[name][0])
+    ]
     if schedule.train_subjects is not None and new.dataset is None:
         names = [name for name in names if name in set(schedule.train_subjects)]
     if new.dataset is None and schedule.images == "disjoint":
@@ -115,15 +120,54 @@ def disjoint_parts(names: Sequence[str], n_parts: int, seed: int) -> list[list[s
     return [sorted(names[i] for i in part) for part in np.array_split(order, n_parts)]
 
 
-def _test_subjects(schedule: Schedule, folder: Path) -> set[str]:
-    held_out: set[str] = set()
-    for test in schedule.test:
-        if test.dataset is not None and test.dataset.resolve() == folder.resolve():
-            if test.subjects is not None:
-                held_out |= set(test.subjects)
-            elif test.images.name == "imagesTr":
-                held_out |= set(nnunet_api.training_cases(folder))
-    return held_out
+def test_cases(schedule: Schedule) -> dict[str, tuple[int, Case]]:
+    """Test subjects by name, with the number of their test set; labels in the numbers of the last step.
+
+    Raises:
+        ValueError: a test set has no images, files of another type than the training data, or other channels.
+        FileNotFoundError: a subject has no label.
+    """
+    target = final_labels(schedule, len(schedule.steps), {"ignore": None})
+    reference = dataset_json_of(step_source(schedule, 1))
+    ending = reference["file_ending"]
+    found: dict[str, tuple[int, Case]] = {}
+    for number, test in enumerate(schedule.test):
+        if test.dataset is not None and (own := dataset_json_of(test.dataset)["file_ending"]) != ending:
+            raise ValueError(f"{test.dataset}: got files of type {own}, expected {ending} as the training data.")
+        if test.dataset is not None and test.images.name == "imagesTr":
+            listed = nnunet_api.training_cases(test.dataset)
+        else:
+            images = nnunet_api.image_lists(test.images, ending)
+            listed = {case: (files, test.labels / f"{case}{ending}") for case, files in images.items()}
+        wanted = sorted(listed) if test.subjects is None else test.subjects
+        if missing := [case for case in wanted if case not in listed]:
+            raise ValueError(f"{test.images}: got no images of test subjects {missing}, expected CASE_0000{ending}.")
+        if not wanted:
+            raise ValueError(f"{test.images}: got no test image, expected files such as CASE_0000{ending}.")
+        table = remap_table(test.values, test.class_map, target)
+        labelled = tuple(sorted({target[name] for name in test.class_map.values() if name is not None}))
+        for case in wanted:
+            files, label = listed[case]
+            if not label.is_file():
+                raise FileNotFoundError(f"{label}: got no file, expected the label of test image {files[0].name}.")
+            if len(files) != len(reference["channel_names"]):
+                raise ValueError(
+                    f"{files[0]}: got {len(files)} images of this test subject, expected one for each of the channels "
+                    f"{reference['channel_names']}."
+                )
+            name = case if case not in found else f"set{number}_{case}"
+            found[name] = (number, Case(name, tuple(files), label, table, labelled))
+    return found
+
+
+def _held_out(schedule: Schedule) -> set[tuple[int, int]]:
+    """Files of the test images, whatever their path or name."""
+    return {_file_id(path) for _, case in test_cases(schedule).values() for path in case.images}
+
+
+def _file_id(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 @dataclass(frozen=True)
@@ -168,13 +212,17 @@ def _scan(case: Case, dataset_json: dict[str, Any], wanted: Mapping[int | str, t
         reader = nnunet_api.reader_writer(dataset_json, case.label)
         images, properties = reader.read_images([str(path) for path in case.images])
         seg, _ = reader.read_seg(str(case.label))
+        for path in (*case.images, case.label):
+            _read_to_the_end(path)
     except Exception as error:
         return Scan(
             problem=f"{case.label}: got an unreadable image or label ({error}), expected files nnU-Net can read."
         )
+    if images.shape[1:] != seg.shape[1:]:
+        return Scan(problem=f"{case.label}: got size {seg.shape[1:]}, expected {images.shape[1:]} as the image.")
     if not np.isfinite(images).all():
         return Scan(problem=f"{case.images[0]}: got voxels that are not finite (NaN or infinite), expected numbers.")
-    if unknown := [v for v in np.unique(seg).tolist() if v not in case.table]:
+    if unknown := [int(v) if v == int(v) else v for v in np.unique(seg).tolist() if v not in case.table]:
         return Scan(
             problem=f"{case.label}: got label values {unknown}, expected only {sorted(case.table)} of dataset.json."
         )
@@ -186,6 +234,18 @@ def _scan(case: Case, dataset_json: dict[str, Any], wanted: Mapping[int | str, t
         for step, (table, n_samples) in wanted.items()
     }
     return Scan(found, None, crop, intensities)
+
+
+def _read_to_the_end(path: Path) -> None:
+    """Unpack a .gz file: SimpleITK takes the missing end of a truncated one for zeros.
+
+    Raises:
+        EOFError: it is truncated.
+    """
+    if path.suffix == ".gz":
+        with gzip.open(path) as file:
+            while file.read(1 << 22):
+                pass
 
 
 def _grid_difference(images: Sequence[Path], label: Path) -> str:
@@ -218,8 +278,12 @@ def check_sources(schedule: Schedule, cases: Mapping[int | str, Sequence[Case]])
     """
     scans = _scan_all(schedule, cases)
     problems = [scan.problem for scan in scans.values() if scan.problem]
+    first = dataset_json_of(step_source(schedule, 1))
     for step in range(1, len(schedule.steps) + 1):
         folder = step_source(schedule, step)
+        for key in ("channel_names", "file_ending"):
+            if (got := dataset_json_of(folder)[key]) != first[key]:
+                problems.append(f"{folder / 'dataset.json'}: {key}: got {got}, expected {first[key]} as in step 1.")
         problems += [p for p in _labels_without_images(folder) if p not in problems]
         found = [scans[case.label] for case in cases[step]]
         where = f"{schedule.file}: steps[{step - 1}]"
@@ -318,38 +382,42 @@ def write_test_set(chain: Chain) -> None:
     """Link the test images and relabel their labels to the final numbers, in the chain's ``test`` folder."""
     folder = chain.folder / "test"
     schedule = chain.schedule
-    if (folder / "test.json").is_file() or not schedule.test:
+    if test_set_is_written(chain):
         return
     partial = chain.folder / ".test.part"
     shutil.rmtree(partial, ignore_errors=True)
     for name in ("images", "labels"):
         (partial / name).mkdir(parents=True)
-    target = final_labels(schedule, chain.n_steps, {"ignore": None})
     own = dataset_json_of(step_source(schedule, 1))
     ending = own["file_ending"]
     listing: dict[str, Any] = {}
-    for number, test in enumerate(schedule.test):
-        table = remap_table(test.values, test.class_map, target)
-        labelled = sorted({target[name] for name in test.class_map.values() if name is not None})
-        images = nnunet_api.image_lists(test.images, ending, test.subjects)
-        if missing := set(test.subjects or ()) - set(images):
-            raise ValueError(f"{test.images}: got no images of test subjects {sorted(missing)}.")
-        for case, files in images.items():
-            name = case if case not in listing else f"set{number}_{case}"
-            reader = nnunet_api.reader_writer(own, files[0])
-            label = test.labels / f"{case}{ending}"
-            if not label.is_file():
-                raise ValueError(f"{label}: got no file, expected the label of test image {files[0].name}.")
-            for channel, image in enumerate(files):
-                link(image, partial / "images" / f"{name}_{channel:04d}{ending}")
-            seg, properties = reader.read_seg(str(label))
-            reader.write_seg(apply_remap(seg[0], table), str(partial / "labels" / f"{name}{ending}"), properties)
-            listing[name] = {"labelled": labelled, "set": number}
-    content = {"ignore": target["ignore"], "file_ending": ending, "cases": listing}
+    for name, (number, case) in test_cases(schedule).items():
+        reader = nnunet_api.reader_writer(own, case.images[0])
+        for channel, image in enumerate(case.images):
+            link(image, partial / "images" / f"{name}_{channel:04d}{ending}")
+        seg, properties = reader.read_seg(str(case.label))
+        try:
+            relabelled = apply_remap(seg[0], case.table)
+        except ValueError as error:
+            raise ValueError(f"{case.label}: {error}") from error
+        reader.write_seg(relabelled, str(partial / "labels" / f"{name}{ending}"), properties)
+        listing[name] = {"labelled": list(case.labelled), "set": number}
+    ignore = final_labels(schedule, chain.n_steps, {"ignore": None})["ignore"]
+    content = {"test": schedule.to_dict()["test"], "ignore": ignore, "file_ending": ending, "cases": listing}
     write_json(partial / "test.json", content)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
     logger.info("test set: %d subjects", len(listing))
+
+
+def test_set_is_written(chain: Chain) -> bool:
+    """Whether the chain's ``test`` folder holds what the schedule names now; true where it names nothing."""
+    path = chain.folder / "test" / "test.json"
+    if not chain.schedule.test or not path.is_file():
+        return not chain.schedule.test
+    written = json.loads(path.read_text())
+    wanted = json.loads(json.dumps(chain.schedule.to_dict()["test"]))
+    return written["test"] == wanted and list(written["cases"]) == list(test_cases(chain.schedule))
 
 
 def prepare_chain(chain: Chain, variants: Sequence[Variant]) -> None:
@@ -360,15 +428,18 @@ def prepare_chain(chain: Chain, variants: Sequence[Variant]) -> None:
         FileExistsError: a dataset of somebody else is in the way.
     """
     schedule = chain.schedule
+    chain.discard_abandoned()
     with_joint = any(variant.method == JOINT for variant in variants)
     steps: list[int | str] = [*range(1, chain.n_steps + 1), *([JOINT] if with_joint else [])]
     for step in steps:
         for folder in (chain.raw(step), chain.preprocessed(step)):
             chain.check_not_foreign(folder)
-    if not all(_is_prepared(chain, step) for step in steps) or not (chain.folder / "test" / "test.json").is_file():
-        cases: dict[int | str, list[Case]] = {step: step_cases(schedule, step) for step in range(1, chain.n_steps + 1)}
-        if with_joint:
-            cases[JOINT] = joint_cases(schedule)
+    cases: dict[int | str, list[Case]] = {step: step_cases(schedule, step) for step in range(1, chain.n_steps + 1)}
+    if with_joint:
+        cases[JOINT] = joint_cases(schedule)
+    for step in steps:
+        _check_same_cases(chain, step, cases[step])
+    if not all(_is_prepared(chain, step) for step in steps):
         scans = check_sources(schedule, cases)
         chain.save()
         write_test_set(chain)
@@ -382,14 +453,36 @@ def prepare_chain(chain: Chain, variants: Sequence[Variant]) -> None:
                 if step == 1:
                     _warn_of_clipping(chain, cases)
                 _preprocess(chain, step, cases[step], scans)
+    write_test_set(chain)
     for variant in variants:
         write_variant_plans(chain, variant)
     chain.save()
 
 
+def _check_same_cases(chain: Chain, step: int | str, cases: Sequence[Case]) -> None:
+    """Refuse a test set or source that would change which subjects an existing step dataset trains on."""
+    folder = chain.raw(step)
+    if not folder.is_dir():
+        return
+    before, now = set(nnunet_api.training_cases(folder)), {case.name for case in cases}
+    if before != now:
+        raise ValueError(
+            f"{folder}: got a dataset that trains on {sorted(before - now)} and not on {sorted(now - before)}, "
+            "expected the subjects that the schedule names now. Was the test set changed, or a subject added? Give the "
+            "schedule another name: what was trained on a subject must not be scored on it."
+        )
+
+
 def _is_prepared(chain: Chain, step: int | str) -> bool:
     marker = read_step_file(chain.preprocessed(step)) if chain.raw(step).is_dir() else None
-    return marker is not None and chain.schedule.configuration in marker.get("configurations", ())
+    return (
+        marker is not None
+        and chain.schedule.configuration in marker.get("configurations", ())
+        and all(
+            count_whole_cases(chain.preprocessed(step) / identifier) == marker["n_cases"]
+            for identifier in marker["complete"]
+        )
+    )
 
 
 def base_plans(chain: Chain) -> dict[str, Any]:
@@ -492,7 +585,7 @@ def _donors(chain: Chain, step: int | str, identifier: str) -> dict[str, Path]:
 
 
 def write_variant_plans(chain: Chain, variant: Variant) -> None:
-    """Plans with the ``"cil"`` block for each step of a variant; plans that are there already stay as they are."""
+    """Plans with the ``"cil"`` block for each step of a variant, written anew at each call."""
     steps: Sequence[int | str] = [JOINT] if variant.method == JOINT else range(1, chain.n_steps + 1)
     for step in steps:
         owner = chain.first_step(variant.seed) if step == 1 else variant

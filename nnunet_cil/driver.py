@@ -16,10 +16,11 @@ import torch
 
 from nnunet_cil import nnunet_api
 from nnunet_cil.chain import JOINT, Chain, Variant, write_json
-from nnunet_cil.dataset import block_of, prepare_chain
+from nnunet_cil.dataset import block_of, prepare_chain, write_test_set
 from nnunet_cil.environment import trainer_path_variable
 from nnunet_cil.evaluate import collect_scores, evaluate_model, learned_at
 from nnunet_cil.parallel import worker_count
+from nnunet_cil.precision import amp_dtype
 from nnunet_cil.report.figures import plot_mean_dice
 from nnunet_cil.report.table import score_table
 from nnunet_cil.schedule import Schedule
@@ -39,9 +40,7 @@ def variants_of(chain: Chain, methods: Sequence[str], seeds: Sequence[int | None
 def prepare(schedule: Schedule, methods: Sequence[str], seeds: Sequence[int | None]) -> list[str]:
     """Make all datasets and plans; returns the ``nnUNetv2_train`` lines to type, in their order."""
     chain = Chain.open(schedule)
-    variants = variants_of(chain, methods, seeds)
-    with _nnunet_output(chain):
-        prepare_chain(chain, _with_first_steps(chain, variants))
+    variants = _prepared_variants(chain, methods, seeds)
     lines = {}
     for variant, step, fold in _trainings(chain, variants):
         lines[shlex.join(["nnUNetv2_train", *_arguments(chain, variant, step, fold)])] = None
@@ -54,10 +53,8 @@ def run(schedule: Schedule, methods: Sequence[str], seeds: Sequence[int | None])
     Interrupted at any time, the same call goes on: a training from its last checkpoint, all else from what is finished.
     """
     chain = Chain.open(schedule)
-    variants = variants_of(chain, methods, seeds)
     logger.info("chain %s in %s", schedule.name, chain.folder)
-    with _nnunet_output(chain):
-        prepare_chain(chain, _with_first_steps(chain, variants))
+    variants = _prepared_variants(chain, methods, seeds)
     todo = _trainings(chain, variants)
     started, trained = monotonic(), 0
     missing = sum(not chain.trained(variant, step, fold) for variant, step, fold in todo)
@@ -105,6 +102,7 @@ def evaluate(schedule: Schedule, methods: Sequence[str], seeds: Sequence[int | N
     if not todo:
         raise ValueError(f"{chain.folder}: got no finished training, expected one. Start with `nnunet-cil run`.")
     with _nnunet_output(chain):
+        write_test_set(chain)
         for variant, step, fold in todo:
             evaluate_model(chain, variant, step, fold, device_of(schedule))
     return report(chain, variants)
@@ -147,6 +145,18 @@ def device_of(schedule: Schedule) -> torch.device:
     if schedule.device != "auto":
         return torch.device(schedule.device)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _prepared_variants(chain: Chain, methods: Sequence[str], seeds: Sequence[int | None]) -> list[Variant]:
+    """The variants that are asked for, after what can be refused is refused and their data and plans are made."""
+    amp_dtype(chain.schedule.training.amp, device_of(chain.schedule))
+    variants = variants_of(chain, methods, seeds)
+    needed = _with_first_steps(chain, variants)
+    with _nnunet_output(chain):
+        for variant in needed:
+            nnunet_api.check_trainer(variant.trainer)
+        prepare_chain(chain, needed)
+    return variants
 
 
 def _with_first_steps(chain: Chain, variants: Sequence[Variant]) -> list[Variant]:

@@ -14,10 +14,13 @@ from nnunet_cil import nnunet_api
 from nnunet_cil.chain import JOINT, Chain, Variant, write_json
 from nnunet_cil.labels import cumulative_labels
 from nnunet_cil.metrics import summary
+from nnunet_cil.parallel import over_cases
 from nnunet_cil.report.table import Row
 from nnunet_cil.teacher import sha256_of
 
 logger = logging.getLogger(__name__)
+
+TYPICAL_COMPRESSION = 50  # of a label file
 
 
 def learned_at(chain: Chain) -> np.ndarray:
@@ -36,46 +39,56 @@ def _name(step: int | str) -> str:
 
 
 def evaluate_model(chain: Chain, variant: Variant, step: int | str, fold: int | str, device: Any) -> dict[str, Any]:
-    """Dice of each test subject and learned class for one model; what exists for the same checkpoint is kept.
+    """Dice of each test subject and learned class for one model; what exists for checkpoint and test set is kept.
 
     Returns:
-        ``{"checkpoint_sha256", "dice": {case: {class: 0..1 or null}}}``; null where reference and prediction are both
-        empty. A class that the test set does not label is left out.
+        ``{"checkpoint_sha256", "test_sha256", "dice": {case: {class: 0..1 or null}}, ...}``; null where reference and
+        prediction are both empty. A class that the test set does not label is left out.
     """
     path = evaluation_file(chain, variant, step, fold)
     model = chain.model_folder(variant, step)
-    sha256 = sha256_of(model / f"fold_{fold}" / "checkpoint_final.pth")
-    if path.is_file() and (known := json.loads(path.read_text()))["checkpoint_sha256"] == sha256:
+    key = {
+        "checkpoint_sha256": sha256_of(model / f"fold_{fold}" / "checkpoint_final.pth"),
+        "test_sha256": sha256_of(chain.folder / "test" / "test.json"),
+    }
+    if path.is_file() and (known := json.loads(path.read_text())).items() >= key.items():
         return known
     test = json.loads((chain.folder / "test" / "test.json").read_text())
     ending = test["file_ending"]
     images = nnunet_api.image_lists(chain.folder / "test" / "images", ending)
-    predictions = path.parent / sha256[:16]
-    logger.info(
-        "predicting %d test subjects with step %s of %s; by hand:\n  %s",
-        len(images),
-        step,
-        variant.method,
-        predict_line(chain, variant, step, fold),
-    )
-    nnunet_api.predict(model, fold, list(images.values()), predictions, device)
+    predictions = path.parent / f"{key['checkpoint_sha256'][:16]}_{key['test_sha256'][:16]}"
+    what = f"predicting {len(images)} test subjects with step {step} of {variant.method}"
+    logger.info("%s; by hand:\n  %s", what, predict_line(chain, variant, step, fold))
+    preprocessed = chain.folder / "test" / "preprocessed"
+    nnunet_api.predict(model, fold, chain.schedule.configuration, images, preprocessed, predictions, device, _say)
     number = chain.n_steps if step == JOINT else int(step)
     labels = cumulative_labels([s.classes for s in chain.schedule.steps], number)
-    dice: dict[str, dict[str, float | None]] = {}
-    for case, entry in test["cases"].items():
-        scored = {name: value for name, value in labels.items() if value in entry["labelled"]}
-        reference = chain.folder / "test" / "labels" / f"{case}{ending}"
-        reader = nnunet_api.reader_writer({"file_ending": ending}, images[case][0])
-        metrics = nnunet_api.case_metrics(
-            reference, predictions / f"{case}{ending}", reader, list(scored.values()), test["ignore"]
-        )
-        dice[case] = {
-            name: None if np.isnan(metrics[value]["Dice"]) else float(metrics[value]["Dice"])
-            for name, value in scored.items()
-        }
-    content = {"checkpoint_sha256": sha256, "method": variant.method, "seed": variant.seed, "step": step, "dice": dice}
+    scored = {
+        case: {name: value for name, value in labels.items() if value in entry["labelled"]}
+        for case, entry in test["cases"].items()
+    }
+    references = {case: chain.folder / "test" / "labels" / f"{case}{ending}" for case in scored}
+    todo = [
+        (references[case], predictions / f"{case}{ending}", test, list(values.values()), test["ignore"])
+        for case, values in scored.items()
+    ]
+    n_bytes = TYPICAL_COMPRESSION * sum(file.stat().st_size for file in references.values())
+    metrics = over_cases(nnunet_api.case_metrics, todo, n_bytes, "scoring")
+    dice = {
+        case: {name: _number(found[value]["Dice"]) for name, value in values.items()}
+        for (case, values), found in zip(scored.items(), metrics, strict=True)
+    }
+    content = {**key, "method": variant.method, "seed": variant.seed, "step": step, "dice": dice}
     write_json(path, content)
     return content
+
+
+def _say(line: str) -> None:
+    logger.info("  %s", line)
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
 
 
 def predict_line(chain: Chain, variant: Variant, step: int | str, fold: int | str) -> str:

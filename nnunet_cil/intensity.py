@@ -101,9 +101,9 @@ def warn_of_clipping(
         if clipped:
             listed = ", ".join(f"{share:.0%} of all {name} voxels" for name, share in clipped.items())
             logger.warning(
-                "intensity: step %d: the window [%.0f, %.0f] of channel %d, which nnU-Net takes from the foreground of "
-                "step 1, clips %s. Set `intensity: whole_image` or `intensity: {given: ...}` in a chain of another "
-                "name.",
+                "intensity: step %d: the CT window [%.0f, %.0f] of channel %d clips %s. By default nnU-Net takes it "
+                "from the foreground of step 1. Set `intensity: whole_image` or `intensity: {given: ...}` in a chain "
+                "of another name.",
                 step,
                 low,
                 high,

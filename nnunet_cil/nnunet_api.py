@@ -12,16 +12,18 @@ import shlex
 import shutil
 import sys
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import numpy as np
 import torch
 
-from nnunet_cil.parallel import worker_count
+from nnunet_cil.parallel import TELL_EVERY_SECONDS, worker_count
 
 logger = logging.getLogger(__name__)
 
@@ -305,6 +307,24 @@ def train_arguments(
     return arguments + (["-device", device] if device != "cuda" else [])
 
 
+def check_trainer(name: str) -> None:
+    """Refuse a trainer that nnU-Net does not find, or that knows nothing of steps.
+
+    Raises:
+        ValueError: it is missing, or has no ``objective_class``.
+    """
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    try:
+        found = recursive_find_trainer_class_by_name(name)
+    except RuntimeError as error:
+        raise ValueError(f"trainer: got {name!r}, which nnU-Net does not find: {error}") from error
+    if not hasattr(found, "objective_class"):
+        raise ValueError(
+            f"trainer: got {name}, expected a subclass of nnunet_cil's IncrementalTrainer, such as nnUNetTrainerPGCD."
+        )
+
+
 def train_process_command(arguments: Sequence[str], resume: bool) -> list[str]:
     """Command that runs ``nnUNetv2_train`` with these arguments in this interpreter."""
     code = "from nnunetv2.run.run_training import run_training_entry; run_training_entry()"
@@ -326,34 +346,69 @@ def model_folder_name(trainer: str, plans_name: str, configuration: str) -> str:
 def predict(
     model_folder: Path,
     fold: int | str,
-    images: Sequence[Sequence[Path]],
-    output_folder: Path,
+    configuration: str,
+    images: Mapping[str, Sequence[Path]],
+    preprocessed: Path,
+    output: Path,
     device: torch.device,
+    say: Callable[[str], None] = logger.info,
 ) -> None:
-    """Predict with nnU-Net's own predictor at its default settings; predictions that exist are kept.
+    """What nnUNetv2_predict gives at its default settings; predictions that exist are kept.
 
-    Few cores or few images are predicted in this process: starting nnU-Net's worker processes would take longer.
+    Args:
+        images: files by channel of each case.
+        preprocessed: where the preprocessed cases are kept for the next model of the same plans.
+        output: gets CASE.nii.gz (or the dataset's file ending), each whole or not at all.
+        say: gets a line of progress now and then.
     """
+    from nnunetv2.inference.export_prediction import export_prediction_from_logits
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-    output_folder.mkdir(parents=True, exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
     predictor = nnUNetPredictor(device=device, allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(str(model_folder), (fold,), "checkpoint_final.pth")
-    ending = predictor.dataset_json["file_ending"]
-    lists = [[str(path) for path in channels] for channels in images]
-    targets = [str(output_folder / Path(channels[0]).name[: -len("_0000") - len(ending)]) for channels in lists]
-    if device.type == "cuda" and worker_count(8) > 3:
-        predictor.predict_from_files(lists, targets, overwrite=False)
-    else:
-        predictor.predict_from_files_sequential(lists, targets, overwrite=False)
+    manager, chosen, dataset_json = predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
+    ending = dataset_json["file_ending"]
+    missing = [case for case in images if not (output / f"{case}{ending}").is_file()]
+    started = told = monotonic()
+    # export resamples on the CPU, so beside a GPU the next case is predicted meanwhile
+    with ThreadPoolExecutor(1) if device.type == "cuda" else nullcontext() as pool:
+        exports = []
+        for number, case in enumerate(missing):
+            if monotonic() - told > TELL_EVERY_SECONDS:
+                told = monotonic()
+                left = (told - started) / number * (len(missing) - number)
+                say(f"case {number + 1} of {len(missing)}, about {left:.0f} s left")
+            stored = preprocessed / case
+            if not Path(f"{stored}.pkl").is_file():
+                partial = preprocessed / "partial" / case
+                partial.parent.mkdir(parents=True, exist_ok=True)
+                preprocess_case(images[case], None, partial, manager.plans, configuration, dataset_json)
+                for part in (".b2nd", "_seg.b2nd", ".pkl"):
+                    os.replace(f"{partial}{part}", f"{stored}{part}")
+            data, _, _, properties = preprocessed_dataset(preprocessed).load_case(case)
+            logits = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(data[:])).cpu()
+
+            def export(logits: torch.Tensor = logits, properties: dict = properties, case: str = case) -> None:
+                partial = output / f".{case}.part"
+                export_prediction_from_logits(logits, properties, chosen, manager, dataset_json, str(partial))
+                os.replace(f"{partial}{ending}", output / f"{case}{ending}")
+
+            if pool is None:
+                export()
+            else:
+                exports.append(pool.submit(export))
+        for done in exports:
+            done.result()
 
 
 def case_metrics(
-    reference: Path, prediction: Path, rw: Any, labels: Sequence[int], ignore: int | None
+    reference: Path, prediction: Path, dataset_json: Mapping[str, Any], labels: Sequence[int], ignore: int | None
 ) -> dict[int, dict]:
     """nnU-Net's metrics of one case: ``{label: {"Dice": 0..1 or NaN if both are empty, "n_ref": voxels, ...}}``."""
     from nnunetv2.evaluation.evaluate_predictions import compute_metrics
 
+    rw = reader_writer(dataset_json, reference)
     return compute_metrics(str(reference), str(prediction), rw, list(labels), ignore)["metrics"]
 
 

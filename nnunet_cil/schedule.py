@@ -222,6 +222,8 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, (str, int, float, bool, type(None))):
                 raise yaml.constructor.ConstructorError(
@@ -270,10 +272,21 @@ class _Reader:
             **self._plans(raw.get("plans")),
         }
         values["steps"] = self._steps(raw.get("steps"), values["source"])
+        self._check_channels(values["intensity"], values["source"], values["steps"])
+        if values["device"] in ("cpu", "mps") and values["training"].amp == "float16":
+            self.problem("training: amp", f"float16 with device: {values['device']}", "auto, bfloat16 or off")
         values["test"], values["train_subjects"] = self._test(raw.get("test"), values["source"], values["steps"])
         if self.problems:
             raise ScheduleError("\n".join(self.problems))
         return Schedule(file=self.path, raw=raw, **values)
+
+    def _check_channels(self, intensity: Intensity, source: Path | None, steps: tuple[Step, ...]) -> None:
+        folder = source or (steps[0].dataset if steps else None)
+        if folder is None or not intensity.given:
+            return
+        names = json.loads((folder / "dataset.json").read_text())["channel_names"]
+        if unknown := sorted(set(intensity.given) - {str(channel) for channel in names}):
+            self.problem("intensity: given", f"channels {unknown}", f"channel numbers of {folder.name}: {dict(names)}")
 
     def _known_keys(self, where: str, mapping: Mapping, known: Sequence[str]) -> None:
         for key in mapping:
@@ -374,7 +387,14 @@ class _Reader:
                 self.problem(f"method: {key}", repr(v), "a number from 0 on")
             elif key in ("mu", "tau_old", "tau_background") and v > 1:
                 self.problem(f"method: {key}", repr(v), "a number from 0 to 1")
-        return {**METHOD_DEFAULTS, **given}
+        method = {**METHOD_DEFAULTS, **given}
+        if method["class_balance"] is True and method["pseudo_labels"] != "offline":
+            self.problem(
+                "method: class_balance",
+                f"true with pseudo_labels: {method['pseudo_labels']}",
+                "offline ones, over which the balance is counted once",
+            )
+        return method
 
     def _intensity(self, value: Any) -> Intensity:
         if isinstance(value, dict):
@@ -410,8 +430,8 @@ class _Reader:
             result["planner"] = self._text("plans: planner", given["planner"])
         if "base" in given:
             result["base_plans"] = base = self._path("plans: base", given["base"])
-            if base is not None and not base.is_file():
-                self.problem("plans: base", f"no file {base}", "a plans.json of nnU-Net")
+            if base is not None:
+                self._check_base_plans(base)
         patch = self._numbers("plans: patch_size", given.get("patch_size"), int)
         features = self._numbers("plans: features_per_stage", given.get("features_per_stage"), int)
         spacing = self._numbers("plans: spacing", given.get("spacing"), float)
@@ -430,6 +450,19 @@ class _Reader:
                 f"at least {MIN_STAGES}: deep supervision needs them",
             )
         return {**result, "plans": PlanOverride(patch, batch, features, spacing)}
+
+    def _check_base_plans(self, path: Path) -> None:
+        if not path.is_file():
+            self.problem("plans: base", f"no file {path}", "a plans.json of nnU-Net")
+            return
+        try:
+            plans = json.loads(path.read_text())
+            missing = {"plans_name", "configurations", "image_reader_writer"} - set(plans)
+        except (OSError, ValueError, TypeError) as error:
+            self.problem("plans: base", f"{path}: {error}", "a plans.json of nnU-Net")
+            return
+        if missing:
+            self.problem("plans: base", f"{path} without {sorted(missing)}", "a plans.json of nnU-Net")
 
     def _path(self, key: str, value: Any) -> Path | None:
         if not isinstance(value, str) or not value:
@@ -573,6 +606,9 @@ class _Reader:
             k for k, v in value.items() if not isinstance(k, str) or not (v is None or (isinstance(v, str) and v))
         ]:
             self.problem(key, f"{ {k: value[k] for k in bad} }", "own names mapped to class names or null")
+            value = None
+        elif reserved := {k: v for k, v in value.items() if k in RESERVED and v is not None}:
+            self.problem(key, f"{reserved}", "no class from background or ignore: they stay what they are")
             value = None
         if value is not None and folder is not None:
             self._check_own_names(key, list(value), folder)

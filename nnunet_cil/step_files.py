@@ -14,6 +14,13 @@ def read_step_file(folder: Path) -> dict | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
+def count_whole_cases(folder: Path) -> int:
+    """Cases of a folder of preprocessed data that have image, segmentation and properties."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    cases = [name.removesuffix("_seg.b2nd") for name in names if name.endswith("_seg.b2nd")]
+    return sum({f"{case}.b2nd", f"{case}.pkl"} <= names for case in cases)
+
+
 def check_step_files(preprocessed: Path, data_identifier: str) -> None:
     """Refuse a step's dataset whose preprocessing was not finished. Datasets that are not ours pass.
 
@@ -24,11 +31,9 @@ def check_step_files(preprocessed: Path, data_identifier: str) -> None:
     if step is None:
         return
     folder = preprocessed / data_identifier
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    cases = [name[: -len("_seg.b2nd")] for name in names if name.endswith("_seg.b2nd")]
-    whole = [case for case in cases if {f"{case}.b2nd", f"{case}.pkl"} <= names]
-    if data_identifier not in step["complete"] or len(whole) != step["n_cases"]:
+    n_whole = count_whole_cases(folder)
+    if data_identifier not in step["complete"] or n_whole != step["n_cases"]:
         raise ValueError(
-            f"{folder}: got {len(whole)} complete cases, expected {step['n_cases']} and a finished preprocessing. It "
+            f"{folder}: got {n_whole} complete cases, expected {step['n_cases']} and a finished preprocessing. It "
             "was interrupted or files were removed: run `nnunet-cil prepare SCHEDULE` again, then this command."
         )

@@ -91,7 +91,7 @@ def test_shortest_form_has_the_defaults(raw, tmp_path):
 
 
 def test_every_setting_arrives(raw, tmp_path):
-    (tmp_path / "plans.json").touch()
+    (tmp_path / "plans.json").write_text('{"plans_name": "a", "configurations": {}, "image_reader_writer": "b"}')
     schedule = load(
         tmp_path,
         {
@@ -117,7 +117,7 @@ def test_every_setting_arrives(raw, tmp_path):
                 "deep_supervision": False,
                 "validation_cases": 0,
             },
-            "method": {"lambda_pgcd": 2, "pseudo_labels": "online", "class_balance": True},
+            "method": {"lambda_pgcd": 2, "old_prototypes": "transport", "class_balance": True},
             "dataset_id": 111,
             "device": "cpu",
         },
@@ -129,7 +129,7 @@ def test_every_setting_arrives(raw, tmp_path):
     assert schedule.training == Training(
         epochs=3, seed=None, later_lr=0.001, deep_supervision=False, validation_cases=0
     )
-    changed = {"lambda_pgcd": 2, "pseudo_labels": "online", "class_balance": True}
+    changed = {"lambda_pgcd": 2, "old_prototypes": "transport", "class_balance": True}
     assert schedule.method == {**METHOD_DEFAULTS, **changed}
     assert (schedule.trainer, schedule.dataset_id, schedule.device) == ("nnUNetTrainerFinetune", 111, "cpu")
     assert schedule.mirror_axes == (0,)
@@ -233,6 +233,20 @@ BAD = {
     "name with a slash": ({**BASE, "name": "a/b"}, "name: got 'a/b', expected letters"),
     "images": ({**BASE, "images": "overlapped"}, "images: got 'overlapped', expected one of shared, disjoint"),
     "configuration": ({**BASE, "configuration": "3d"}, "configuration: got '3d', expected one of 2d, 3d_lowres"),
+    "balance without offline labels": (
+        {**BASE, "method": {"class_balance": True, "pseudo_labels": "online"}},
+        "class_balance: got true with pseudo_labels: online, expected offline ones",
+    ),
+    "base plans of another kind": ({**BASE, "plans": {"base": "schedule.yaml"}}, "plans: base: got .*schedule.yaml"),
+    "intensity of no channel": (
+        {**BASE, "intensity": {"given": {"CT": NUMBERS}}},
+        r"intensity: given: got channels \['CT'\], expected channel numbers",
+    ),
+    "half precision": (
+        {**BASE, "device": "cpu", "training": {"amp": "float16"}},
+        "training: amp: got float16 with device: cpu",
+    ),
+    "amp": ({**BASE, "training": {"amp": "fp16"}}, "amp: got 'fp16', expected one of auto, off, bfloat16, float16"),
     "device": ({**BASE, "device": "gpu"}, "device: got 'gpu', expected one of auto, cuda, cpu, mps"),
     "fold": ({**BASE, "fold": -1}, "fold: got -1, expected 'all'"),
     "fold twice": ({**BASE, "fold": [0, 0]}, r"fold: got \[0, 0\].*different"),
@@ -454,6 +468,11 @@ def test_file_that_is_no_text(tmp_path):
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no.yaml: got no file, expected a schedule"):
         load_schedule(tmp_path / "no.yaml")
+
+
+def test_merge_keys_may_be_overridden(raw, tmp_path):
+    text = yaml.safe_dump(BASE) + "plans: {<<: {batch_size: 2, patch_size: [8, 8, 8]}, batch_size: 3}\n"
+    assert load(tmp_path, text).plans == PlanOverride((8, 8, 8), 3)
 
 
 def test_yaml_off_and_short_exponents_mean_what_they_look_like(raw, tmp_path):

@@ -1,0 +1,69 @@
+"""The demo as a user meets it: interrupted once, started again, and showing what the method is for."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.chain
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> tuple[Path, str, str]:
+    """Folder of the demo, what it said until Ctrl-C, what it said when started again."""
+    folder = tmp_path_factory.mktemp("demo") / "with space"
+    command = [str(Path(sys.executable).with_name("nnunet-cil")), "demo", "--folder", str(folder), "--device", "cpu"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("nnUNet_")}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+    )
+    alarm = threading.Timer(300, process.kill)
+    alarm.start()
+    first = ""
+    for line in process.stdout:
+        first += line
+        if "epoch 3 of" in line:
+            os.killpg(process.pid, signal.SIGINT)
+            break
+    first += process.communicate()[0]
+    alarm.cancel()
+    assert process.returncode == 130, first
+    again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    assert again.returncode == 0, again.stdout + again.stderr
+    return folder, first, again.stderr + again.stdout
+
+
+def test_an_interrupted_run_says_how_to_go_on_and_does(demo):
+    _, first, second = demo
+    assert first.splitlines()[-1] == "Interrupted. The same command goes on from here."
+    assert "Traceback" not in first
+    assert "(resumed)" in second
+
+
+def test_it_says_where_it_stands_and_for_how_long(demo):
+    assert "[1/3] pgcd, seed 0, step 1 of 2, fold all" in demo[1]
+    assert "min left" in demo[2]
+
+
+def test_finetune_forgets_and_pgcd_keeps(demo):
+    folder, _, shown = demo
+    scores = json.loads((folder / "nnUNet_results" / "chain_demo" / "scores.json").read_text())
+    runs = {run["method"]: run for run in scores["runs"]}
+    pgcd, finetune = (runs[name]["summary"] for name in ("pgcd", "finetune"))
+    before = runs["pgcd"]["dice"][0]
+    assert min(before[:2]) > 0.75
+    assert finetune["old_mean"] < 0.05
+    assert pgcd["old_mean"] > sum(before[:2]) / 2 - 0.05
+    assert pgcd["new_mean"] > finetune["new_mean"] - 0.1
+    assert pgcd["mean"] > finetune["mean"] + 0.2
+    for name in ("scores.json", "table.txt", "mean_dice.png"):
+        assert name in shown
+    for line in shown.split("The schedule, the scores")[1].splitlines()[1:]:
+        assert Path(line.strip()).stat().st_size > 0

@@ -1,0 +1,50 @@
+"""A short chain on real volumes: first the anterior, then the posterior hippocampus, on other subjects."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import real_data
+
+pytestmark = [pytest.mark.chain, pytest.mark.data]
+
+SCHEDULE = {
+    "name": "hippocampus",
+    "images": "disjoint",
+    "device": "cpu",
+    "plans": {"patch_size": [40, 56, 40], "batch_size": 2, "features_per_stage": [8, 16, 32, 64]},
+    "mirror_axes": [2],
+    "training": {"epochs": 4, "iterations_per_epoch": 100, "val_iterations_per_epoch": 2, "seed": 0},
+    "steps": [["anterior"], ["posterior"]],
+}
+
+
+def test_pgcd_keeps_the_anterior_part_that_finetune_loses(tmp_path, nnunet_folders):
+    source = real_data("hippocampus")
+    split = json.loads((source / "split.json").read_text())
+    (tmp_path / "split.json").write_text(json.dumps({"train": split["train"][:100], "test": split["test"][:20]}))
+    schedule = {**SCHEDULE, "source": str(source), "test": str(tmp_path / "split.json")}
+    (tmp_path / "schedule.yaml").write_text(yaml.safe_dump(schedule))
+    command = [
+        str(Path(sys.executable).with_name("nnunet-cil")),
+        "run",
+        "schedule.yaml",
+        "--methods",
+        "pgcd",
+        "finetune",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    scores = json.loads((tmp_path / "nnUNet_results" / "chain_hippocampus" / "scores.json").read_text())
+    pgcd, finetune = (run["dice"] for run in scores["runs"])
+    assert scores["n_test_subjects"] == 20
+    assert pgcd[0][0] > 0.7
+    assert finetune[1][0] < 0.05
+    assert pgcd[1][0] > pgcd[0][0] - 0.03
+    assert pgcd[1][1] > finetune[1][1] - 0.05

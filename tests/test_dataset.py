@@ -1,0 +1,839 @@
+"""A schedule becomes datasets: which cases, which labels, whose plans; and bad data are refused before any writing."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import combinations
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK
+from PIL import Image
+
+from nnunet_cil import dataset, nnunet_api
+from nnunet_cil.block import BLOCK_KEY, StepBlock
+from nnunet_cil.chain import JOINT, Chain, write_json
+from nnunet_cil.dataset import check_sources, disjoint_parts, joint_cases, prepare_chain, step_cases, write_test_set
+from nnunet_cil.schedule import Schedule, load_schedule
+from nnunet_cil.step_files import STEP_FILE, check_step_files, read_step_file
+from tests.conftest import write_schedule, write_tiny_dataset
+
+FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+IDENTIFIER = "nnUNetPlans_3d_fullres"
+STEPS = (1, 2, JOINT)
+OWN_DATASETS = """
+name: own
+device: cpu
+plans: {base: base.json}
+test:
+  - {dataset: one, subjects: [case_2], classes: {ball: lump, blob: lump}}
+  - {dataset: two, subjects: [case_2], classes: [blob]}
+steps:
+  - {dataset: one, classes: {ball: lump, blob: lump}}
+  - {dataset: two, classes: {ball: null, blob: blob}}
+"""
+
+
+def set_folders(root: Path, patch: pytest.MonkeyPatch) -> None:
+    for name in FOLDERS:
+        (root / name).mkdir()
+        patch.setenv(name, str(root / name))
+    patch.setenv("nnUNet_n_proc_DA", "0")
+    patch.setenv("nnUNet_def_n_proc", "2")
+
+
+def write_reversed(path: Path, source: Path, **changes) -> Path:
+    """A schedule that learns the blob first, so that the numbers of the chain are not those of the source."""
+    write_schedule(path, source, **changes)
+    path.write_text(path.read_text().replace("- [ball]\n  - [blob]", "- [blob]\n  - [ball]"))
+    return path
+
+
+def write_own_datasets(root: Path, base: Mapping | None = None) -> Schedule:
+    no_plans = {"plans_name": "none", "configurations": {}, "image_reader_writer": "SimpleITKIO"}
+    write_json(root / "base.json", base or no_plans)
+    for seed, name in enumerate(("one", "two")):
+        write_tiny_dataset(root / name, n_cases=3, seed=seed)
+    (root / "own.yaml").write_text(OWN_DATASETS)
+    return load_schedule(root / "own.yaml")
+
+
+def variants_of(chain: Chain):
+    return [chain.variant("pgcd", 0), chain.variant("finetune", 0), chain.variant("pgcd", 1), chain.variant(JOINT, 0)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_preparation():
+    """nnU-Net's 10^8 intensities and the 12 processes by which it lists files take seconds in each preparation."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dataset, "INTENSITY_SAMPLES", 10**4)
+        patch.setattr("nnunetv2.utilities.utils.Pool", ThreadPool, raising=False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """Four cases, the last one for test; tests leave it as it is."""
+    return write_tiny_dataset(tmp_path_factory.mktemp("dataset") / "source", n_cases=4)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, source):
+    """Two steps cut out of one dataset, blob first, and four variants; tests leave it as it is."""
+    root = tmp_path_factory.mktemp("prepared")
+    with pytest.MonkeyPatch.context() as patch:
+        set_folders(root, patch)
+        chain = Chain.open(load_schedule(write_reversed(root / "schedule.yaml", source)))
+        prepare_chain(chain, variants_of(chain))
+        yield chain
+
+
+@pytest.fixture(scope="module")
+def own_datasets(tmp_path_factory, prepared):
+    """Two steps with datasets of their own and given plans, prepared; tests leave it as it is."""
+    root = tmp_path_factory.mktemp("own")
+    with pytest.MonkeyPatch.context() as patch:
+        set_folders(root, patch)
+        chain = Chain.open(write_own_datasets(root, plans_of(prepared, 2, "nnUNetPlans_finetune")))
+        prepare_chain(chain, [chain.variant("pgcd", 0)])
+        yield chain
+
+
+def read_json(path: Path):
+    return json.loads(path.read_text())
+
+
+def voxels(path: Path) -> np.ndarray:
+    return SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path)))
+
+
+def rewrite(path: Path, change) -> None:
+    """Change a volume's voxels; the spacing stays."""
+    volume = SimpleITK.ReadImage(str(path))
+    changed = SimpleITK.GetImageFromArray(change(SimpleITK.GetArrayFromImage(volume)))
+    changed.SetSpacing(volume.GetSpacing())
+    path.unlink()  # a hard link of it must not change
+    SimpleITK.WriteImage(changed, str(path))
+
+
+def as_nrrd(folder: Path) -> Path:
+    for path in list(folder.glob("*Tr/*.nii.gz")):
+        SimpleITK.WriteImage(SimpleITK.ReadImage(str(path)), str(path).replace(".nii.gz", ".nrrd"))
+        path.unlink()
+    write_json(folder / "dataset.json", {**read_json(folder / "dataset.json"), "file_ending": ".nrrd"})
+    return folder
+
+
+def names_of(cases) -> list[str]:
+    return [case.name for case in cases]
+
+
+def plans_of(chain: Chain, step: int | str, name: str = "nnUNetPlans"):
+    return read_json(chain.preprocessed(step) / f"{name}.json")
+
+
+# cases of a step
+
+
+def cut(source: Path, folder: Path, test: str | None = None, **changes) -> Schedule:
+    path = write_schedule(folder / "cases.yaml", source, **changes)
+    if test is not None:
+        path.write_text(path.read_text().replace(f"test: {source}/split.json", test))
+    return load_schedule(path)
+
+
+def test_shared_steps_have_the_same_cases_with_labels_of_their_own(source, tmp_path):
+    first, second = (step_cases(cut(source, tmp_path), step) for step in (1, 2))
+    assert names_of(first) == names_of(second) == ["case_0", "case_1", "case_2"]
+    assert [(case.images, case.label) for case in first] == [(case.images, case.label) for case in second]
+    assert first[1].images == (source / "imagesTr" / "case_1_0000.nii.gz",)
+    assert first[1].label == source / "labelsTr" / "case_1.nii.gz"
+    assert (first[0].table, first[0].labelled) == ({0: 0, 1: 1, 2: 0}, (1,))
+    assert (second[0].table, second[0].labelled) == ({0: 0, 1: 0, 2: 2}, (2,))
+
+
+def test_train_list_of_the_split_file_is_respected(source, tmp_path):
+    write_json(tmp_path / "split.json", {"train": ["case_2", "case_0"], "test": ["case_3"]})
+    schedule = cut(source, tmp_path, test=f"test: {tmp_path}/split.json")
+    assert names_of(step_cases(schedule, 2)) == ["case_0", "case_2"]
+    assert names_of(joint_cases(schedule)) == ["case_0", "case_2"]
+
+
+@pytest.mark.parametrize(
+    ("test", "expected"),
+    [("test: [case_0, case_2]", ["case_1", "case_3"]), ("", ["case_0", "case_1", "case_2", "case_3"])],
+    ids=["named", "no-test"],
+)
+def test_all_but_the_test_subjects_are_for_training(source, tmp_path, test, expected):
+    assert names_of(step_cases(cut(source, tmp_path, test=test), 1)) == expected
+
+
+def test_test_subjects_stay_out_when_their_dataset_is_named_by_another_path(source, tmp_path):
+    (tmp_path / "link").symlink_to(source)
+    schedule = cut(source, tmp_path, test=f"test: [{{dataset: {tmp_path}/link, subjects: [case_1]}}]")
+    assert names_of(step_cases(schedule, 1)) == ["case_0", "case_2", "case_3"]
+
+
+def test_test_images_given_as_a_folder_of_the_source_are_not_for_training(source, tmp_path):
+    test = f"test: {{images: {source}/imagesTr, labels: {source}/labelsTr}}"
+    assert step_cases(cut(source, tmp_path, test=test), 1) == []
+
+
+def test_disjoint_steps_share_no_case_and_leave_none_out(source, tmp_path):
+    schedule = cut(source, tmp_path, images="disjoint")
+    first, second = (names_of(step_cases(schedule, step)) for step in (1, 2))
+    assert sorted(first + second) == ["case_0", "case_1", "case_2"]
+    assert {len(first), len(second)} == {1, 2}
+    assert [first, second] == disjoint_parts(["case_0", "case_1", "case_2"], 2, seed=0)
+
+
+def test_disjoint_steps_follow_the_schedules_seed(source, tmp_path):
+    schedule = cut(source, tmp_path, images="disjoint", test="test: [case_3]")
+    dealt = {
+        tuple(names_of(step_cases(replace(schedule, training=replace(schedule.training, seed=seed)), 1)))
+        for seed in range(3)
+    }
+    expected = {tuple(disjoint_parts(["case_0", "case_1", "case_2"], 2, seed)[0]) for seed in range(3)}
+    assert dealt == expected
+    assert len(dealt) > 1
+
+
+@pytest.mark.parametrize(("n_names", "n_parts"), [(12, 3), (11, 3), (2, 2), (1, 2), (0, 2)])
+def test_disjoint_parts_cover_all_once_in_even_sizes(n_names, n_parts):
+    names = [f"case_{i:02d}" for i in range(n_names)]
+    parts = disjoint_parts(names, n_parts, seed=3)
+    assert sorted(name for part in parts for name in part) == names
+    assert len(parts) == n_parts
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert all(part == sorted(part) for part in parts)
+
+
+def test_disjoint_parts_are_drawn_by_seed():
+    names = [f"case_{i:02d}" for i in range(12)]
+    assert disjoint_parts(names, 3, 0) == disjoint_parts(names, 3, 0)
+    assert disjoint_parts(names, 3, 0) != disjoint_parts(names, 3, 1)
+    assert disjoint_parts(names, 3, 0) != [names[:4], names[4:8], names[8:]]
+
+
+def test_ignore_label_is_the_last_of_each_step(tmp_path):
+    schedule = cut(write_tiny_dataset(tmp_path / "source", n_cases=2, ignore=True), tmp_path)
+    tables = [step_cases(schedule, step)[0].table for step in (1, 2)]
+    assert tables == [{0: 0, 1: 1, 2: 0, 3: 2}, {0: 0, 1: 0, 2: 2, 3: 3}]
+
+
+def test_own_datasets_merge_and_drop_labels_and_leave_test_subjects_out(own_datasets):
+    first, second = (step_cases(own_datasets.schedule, step) for step in (1, 2))
+    assert names_of(first) == names_of(second) == ["case_0", "case_1"]
+    assert {case.label.parent.parent.name for case in first} == {"one"}
+    assert {case.label.parent.parent.name for case in second} == {"two"}
+    assert (first[0].table, first[0].labelled) == ({0: 0, 1: 1, 2: 1}, (1,))
+    assert (second[0].table, second[0].labelled) == ({0: 0, 1: 0, 2: 2}, (2,))
+
+
+@pytest.mark.parametrize("images", ["shared", "disjoint"])
+def test_joint_has_all_cases_with_all_labels(source, tmp_path, images):
+    schedule = load_schedule(write_reversed(tmp_path / "cases.yaml", source, images=images))
+    cases = joint_cases(schedule)
+    assert names_of(cases) == ["case_0", "case_1", "case_2"]
+    assert (cases[0].table, cases[0].labelled) == ({0: 0, 1: 2, 2: 1}, (1, 2))
+
+
+def test_joint_is_refused_for_datasets_of_their_own(own_datasets):
+    with pytest.raises(ValueError, match=r"own.yaml: --methods: got 'joint' .*learned as background"):
+        joint_cases(own_datasets.schedule)
+
+
+# a prepared chain
+
+
+@pytest.mark.parametrize("place", ["raw", "preprocessed"])
+def test_labels_are_cumulative_in_the_order_learned(prepared, place):
+    expected = ([("blob", 1)], [("blob", 1), ("ball", 2)], [("blob", 1), ("ball", 2)])
+    for step, labels in zip(STEPS, expected, strict=True):
+        content = read_json(getattr(prepared, place)(step) / "dataset.json")
+        assert list(content["labels"].items()) == [("background", 0), *labels]
+        assert content["numTraining"] == 3
+        assert content["channel_names"] == {"0": "MR"}
+
+
+@pytest.mark.parametrize(
+    ("step", "numbers"), [(1, {0: 0, 1: 0, 2: 1}), (2, {0: 0, 1: 2, 2: 0}), (JOINT, {0: 0, 1: 2, 2: 1})]
+)
+def test_labels_are_those_of_the_step_and_other_organs_are_background(prepared, source, step, numbers):
+    for case in ("case_0", "case_1", "case_2"):
+        own = voxels(source / "labelsTr" / f"{case}.nii.gz")
+        expected = np.select([own == value for value in numbers], list(numbers.values()))
+        np.testing.assert_array_equal(voxels(prepared.raw(step) / "labelsTr" / f"{case}.nii.gz"), expected)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_images_of_the_training_cases_are_linked_not_copied(prepared, source, step):
+    images = sorted((prepared.raw(step) / "imagesTr").iterdir())
+    assert [path.name for path in images] == [f"case_{i}_0000.nii.gz" for i in range(3)]
+    assert all(path.samefile(source / "imagesTr" / path.name) for path in images)
+
+
+def test_plans_of_all_steps_and_variants_are_those_of_step_1(prepared):
+    base = plans_of(prepared, 1)
+    for step, name in [
+        (2, "nnUNetPlans"),
+        (JOINT, "nnUNetPlans"),
+        (2, "nnUNetPlans_finetune"),
+        (1, "nnUNetPlans_seed1"),
+        (2, "nnUNetPlans_seed1"),
+    ]:
+        plans = plans_of(prepared, step, name)
+        differing = {key for key in {*base, *plans} if base.get(key) != plans.get(key)}
+        assert differing <= {"dataset_name", "plans_name", BLOCK_KEY}
+        assert plans["dataset_name"] == prepared.dataset_name(step)
+        assert plans["plans_name"] == name
+
+
+def test_step_1_has_no_plans_of_methods_that_share_it(prepared):
+    assert not (prepared.preprocessed(1) / "nnUNetPlans_finetune.json").exists()
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_folder_is_what_nnunet_trains_on(prepared, step):
+    folder = prepared.preprocessed(step)
+    cases = ["case_0", "case_1", "case_2"]
+    splits = read_json(folder / "splits_final.json")
+    assert len(splits) == 3
+    assert all(sorted(fold["train"] + fold["val"]) == cases for fold in splits)
+    assert len(read_json(folder / "dataset_fingerprint.json")["spacings"]) == 3
+    labels = sorted((folder / "gt_segmentations").iterdir())
+    assert [path.name for path in labels] == [f"{case}.nii.gz" for case in cases]
+    assert all(path.read_bytes() == (prepared.raw(step) / "labelsTr" / path.name).read_bytes() for path in labels)
+    assert sorted(path.stem for path in (folder / IDENTIFIER).glob("*.pkl")) == cases
+    check_step_files(folder, IDENTIFIER)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_step_file_says_whose_the_folders_are(prepared, step):
+    own = {"chain": "tiny", "step": step, "n_cases": 3}
+    assert read_step_file(prepared.raw(step)) == own
+    finished = {"complete": [IDENTIFIER], "configurations": ["3d_fullres"]}
+    assert read_step_file(prepared.preprocessed(step)) == {**own, **finished}
+
+
+def block_in(chain: Chain, step: int | str, name: str = "nnUNetPlans") -> StepBlock:
+    return StepBlock.from_plans(plans_of(chain, step, name), read_json(chain.preprocessed(step) / "dataset.json"))
+
+
+def test_blocks_say_what_each_step_learns(prepared):
+    first, second = block_in(prepared, 1), block_in(prepared, 2)
+    assert (first.chain, first.step, first.classes, first.teacher) == ("tiny", 1, (("blob",),), None)
+    assert (second.step, second.classes) == (2, (("blob",), ("ball",)))
+    assert second.settings == prepared.schedule.method
+    assert second.training == prepared.schedule.training
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "seed"),
+    [("nnUNetPlans", "pgcd", 0), ("nnUNetPlans_finetune", "finetune", 0), ("nnUNetPlans_seed1", "pgcd", 1)],
+)
+def test_block_names_its_variant_and_the_teacher_relative_to_the_results(prepared, name, method, seed):
+    block = block_in(prepared, 2, name)
+    assert (block.method, block.training.seed) == (method, seed)
+    assert not Path(block.teacher).is_absolute()
+    assert prepared.paths["nnUNet_results"] / block.teacher == prepared.model_folder(prepared.variant("pgcd", seed), 1)
+    assert block.teacher == f"{prepared.dataset_name(1)}/nnUNetTrainerPGCD__nnUNetPlans{'_seed1' * seed}__3d_fullres"
+
+
+def test_joint_learns_all_classes_in_one_step_for_as_long_as_all_steps(prepared):
+    block = block_in(prepared, JOINT)
+    assert (block.method, block.step, block.classes, block.teacher) == (JOINT, 1, (("blob", "ball"),), None)
+    assert block.training.epochs == 2 * prepared.schedule.training.epochs
+
+
+def test_variants_share_preprocessed_data_and_never_an_output_folder(prepared):
+    variants = variants_of(prepared)[:3]
+    for step in (1, 2):
+        names = {prepared.plans_name(prepared.first_step(v.seed) if step == 1 else v) for v in variants}
+        plans = [plans_of(prepared, step, name) for name in names]
+        assert {p["configurations"]["3d_fullres"]["data_identifier"] for p in plans} == {IDENTIFIER}
+        folders = [path.name for path in prepared.preprocessed(step).iterdir() if path.is_dir()]
+        assert sorted(folders) == ["gt_segmentations", IDENTIFIER]
+    for a, b in combinations(variants, 2):
+        assert prepared.model_folder(a, 2) != prepared.model_folder(b, 2)
+
+
+def test_block_holds_no_path_of_this_machine(prepared):
+    text = json.dumps(plans_of(prepared, 2)[BLOCK_KEY])
+    assert str(prepared.paths["nnUNet_results"].parent) not in text
+
+
+def test_test_set_has_the_final_numbers(prepared, source):
+    folder = prepared.folder / "test"
+    own = voxels(source / "labelsTr" / "case_3.nii.gz")
+    np.testing.assert_array_equal(voxels(folder / "labels" / "case_3.nii.gz"), np.select([own == 1, own == 2], [2, 1]))
+    assert (folder / "images" / "case_3_0000.nii.gz").samefile(source / "imagesTr" / "case_3_0000.nii.gz")
+    content = read_json(folder / "test.json")
+    assert content["cases"] == {"case_3": {"labelled": [1, 2], "set": 0}}
+    assert content["ignore"] == 3
+    assert [path.name for path in (folder / "images").iterdir()] == ["case_3_0000.nii.gz"]
+
+
+def test_source_is_not_touched(prepared, source, tmp_path):
+    fresh = write_tiny_dataset(tmp_path / "fresh", n_cases=4)
+    for path in source.rglob("*.nii.gz"):
+        np.testing.assert_array_equal(voxels(path), voxels(fresh / path.relative_to(source)))
+    assert len(list(source.rglob("*"))) == len(list(fresh.rglob("*")))
+
+
+def test_own_datasets_are_merged_and_numbered(own_datasets):
+    root = own_datasets.schedule.file.parent
+    for step, name, expected in ((1, "one", lambda own: own > 0), (2, "two", lambda own: 2 * (own == 2))):
+        for case in ("case_0", "case_1"):
+            own = voxels(root / name / "labelsTr" / f"{case}.nii.gz")
+            label = own_datasets.raw(step) / "labelsTr" / f"{case}.nii.gz"
+            np.testing.assert_array_equal(voxels(label), expected(own))
+    labels = read_json(own_datasets.preprocessed(2) / "dataset.json")["labels"]
+    assert list(labels.items()) == [("background", 0), ("lump", 1), ("blob", 2)]
+
+
+def test_equal_case_names_of_own_datasets_are_different_images(own_datasets):
+    first, second = (own_datasets.preprocessed(step) / IDENTIFIER / "case_0.b2nd" for step in (1, 2))
+    assert not first.samefile(second)
+    assert first.read_bytes() != second.read_bytes()
+
+
+def test_test_cases_say_which_classes_are_labelled_in_them(own_datasets):
+    cases = read_json(own_datasets.folder / "test" / "test.json")["cases"]
+    assert cases == {"case_2": {"labelled": [1], "set": 0}, "set1_case_2": {"labelled": [2], "set": 1}}
+    own = voxels(own_datasets.schedule.file.parent / "two" / "labelsTr" / "case_2.nii.gz")
+    label = own_datasets.folder / "test" / "labels" / "set1_case_2.nii.gz"
+    np.testing.assert_array_equal(voxels(label), 2 * (own == 2))
+
+
+# preparing again, interruptions
+
+
+def content_of(path: Path) -> bytes:
+    """Bytes of a file; of an array its values, as blosc2 does not write the same bytes each time."""
+    return nnunet_api.open_segmentation(path)[:].tobytes() if path.suffix == ".b2nd" else path.read_bytes()
+
+
+def snapshot(chain: Chain) -> dict[Path, tuple[int, bytes]]:
+    files = [p for name in FOLDERS for p in chain.paths[name].rglob("*") if p.is_file()]
+    return {path: (path.stat().st_mtime_ns, content_of(path)) for path in files}
+
+
+def contents(files: dict[Path, tuple[int, bytes]]) -> dict[Path, bytes]:
+    return {path: content for path, (_, content) in files.items()}
+
+
+@pytest.fixture
+def folders_of_prepared(prepared, monkeypatch):
+    """nnU-Net's variables at the folders of ``prepared``, whatever other module fixtures have set."""
+    for name in FOLDERS:
+        monkeypatch.setenv(name, str(prepared.paths[name]))
+
+
+def test_preparing_again_changes_no_file(prepared, folders_of_prepared):
+    before = snapshot(prepared)
+    again = Chain.open(prepared.schedule)
+    prepare_chain(again, variants_of(again))
+    after = snapshot(prepared)
+    assert contents(after) == contents(before)
+    rewritten = {path.name for path in before if before[path][0] != after[path][0]}
+    assert all(re.fullmatch(r"chain\.json|nnUNetPlans.*\.json", name) for name in rewritten)
+
+
+def test_a_new_variant_adds_plans_and_nothing_else(prepared, folders_of_prepared):
+    before = snapshot(prepared)
+    prepare_chain(prepared, [prepared.variant("finetune", 5)])
+    after = contents(snapshot(prepared))
+    added = [
+        prepared.preprocessed(step) / name
+        for step, name in ((1, "nnUNetPlans_seed5.json"), (2, "nnUNetPlans_finetune_seed5.json"))
+    ]
+    try:
+        assert after.keys() - before.keys() == set(added)
+        assert contents(before).items() <= after.items()
+    finally:
+        for path in added:
+            path.unlink()
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_unfinished_step_is_prepared_anew(prepared, folders_of_prepared, step):
+    before = snapshot(prepared)
+    folder = prepared.preprocessed(step)
+    (folder / IDENTIFIER / "case_1.pkl").unlink()
+    marker = read_step_file(folder)
+    write_json(folder / STEP_FILE, {**marker, "complete": [], "configurations": []})
+    again = Chain.open(prepared.schedule)
+    prepare_chain(again, variants_of(again))
+    check_step_files(folder, IDENTIFIER)
+    after = snapshot(prepared)
+    assert contents(after) == contents(before)
+    others = [path for path in before if path.suffix in (".pkl", ".b2nd") and not path.is_relative_to(folder)]
+    assert all(after[path][0] == before[path][0] for path in others)
+
+
+def test_removed_file_is_restored_as_the_message_of_check_step_files_promises(prepared, folders_of_prepared):
+    folder = prepared.preprocessed(2)
+    victim = folder / IDENTIFIER / "case_1.pkl"
+    content = victim.read_bytes()
+    victim.unlink()
+    try:
+        again = Chain.open(prepared.schedule)
+        prepare_chain(again, variants_of(again))
+        check_step_files(folder, IDENTIFIER)
+    finally:
+        victim.write_bytes(content)
+
+
+def test_changed_test_set_is_written_anew(source, nnunet_folders, tmp_path):
+    write_test_set(Chain.open(cut(source, tmp_path, test="test: [case_3]")))
+    chain = Chain.open(cut(source, tmp_path, test="test: [case_2]"))
+    write_test_set(chain)
+    assert list(read_json(chain.folder / "test" / "test.json")["cases"]) == ["case_2"]
+
+
+def test_test_set_follows_a_changed_split_file(source, nnunet_folders, tmp_path):
+    for test in (["case_2", "case_3"], ["case_3"]):
+        write_json(tmp_path / "split.json", {"train": ["case_0", "case_1"], "test": test})
+        chain = Chain.open(cut(source, tmp_path, test=f"test: {tmp_path}/split.json"))
+        write_test_set(chain)
+    assert list(read_json(chain.folder / "test" / "test.json")["cases"]) == ["case_3"]
+
+
+def test_test_subject_that_was_trained_on_is_refused(prepared, folders_of_prepared, source, tmp_path):
+    path = write_reversed(tmp_path / "changed.yaml", source)
+    path.write_text(path.read_text().replace(f"test: {source}/split.json", "test: [case_2]"))
+    before = snapshot(prepared)
+    chain = Chain.open(load_schedule(path))
+    with pytest.raises(ValueError, match=r"_step1: got a dataset that trains on \['case_2'\] and not on \['case_3'\]"):
+        prepare_chain(chain, [chain.variant("pgcd", 0)])
+    assert snapshot(prepared) == before
+
+
+class Interrupted(BaseException):
+    pass
+
+
+def test_interrupted_preparation_is_finished_by_preparing_again(source, nnunet_folders, tmp_path, monkeypatch):
+    schedule = load_schedule(write_schedule(tmp_path / "schedule.yaml", source))
+    for module, name, last in [
+        (dataset, "link", 3),
+        (nnunet_api, "write_fingerprint", 1),
+        (nnunet_api, "plan", 1),
+        (nnunet_api, "preprocess_case", 2),
+        (nnunet_api, "derive_case", 2),
+    ]:
+        calls, function = [], getattr(module, name)
+
+        def stop_at_the_last_call(*args, calls=calls, function=function, last=last):
+            calls.append(1)
+            if len(calls) == last:
+                raise Interrupted
+            return function(*args)
+
+        chain = Chain.open(schedule)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, stop_at_the_last_call)
+            with pytest.raises(Interrupted):
+                prepare_chain(chain, [chain.variant("pgcd", 0)])
+        if name in ("preprocess_case", "derive_case"):
+            step = 1 if name == "preprocess_case" else 2
+            with pytest.raises(ValueError, match="got 1 complete cases, expected 3"):
+                check_step_files(chain.preprocessed(step), IDENTIFIER)
+    chain = Chain.open(schedule)
+    prepare_chain(chain, [chain.variant("pgcd", 0)])
+    for step in (1, 2):
+        assert len(list((chain.raw(step) / "labelsTr").iterdir())) == 3
+        check_step_files(chain.preprocessed(step), IDENTIFIER)
+        assert len(list((chain.preprocessed(step) / "gt_segmentations").iterdir())) == 3
+        assert block_in(chain, step).step == step
+    assert (chain.folder / "test" / "test.json").is_file()
+    leftover = [path for folder in nnunet_folders.values() for path in folder.rglob("*.part*")]
+    assert leftover == []
+
+
+def test_interruption_before_the_first_step_file_is_no_foreign_dataset(source, nnunet_folders, tmp_path, monkeypatch):
+    chain = Chain.open(load_schedule(write_schedule(tmp_path / "schedule.yaml", source)))
+
+    def stop_at_the_step_file(path, content):
+        if path.parent == chain.preprocessed(1):
+            raise Interrupted
+        write_json(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "write_json", stop_at_the_step_file)
+        with pytest.raises(Interrupted):
+            prepare_chain(chain, [chain.variant("pgcd", 0)])
+    prepare_chain(chain, [chain.variant("pgcd", 0)])
+
+
+# bad input
+
+
+def respace(path: Path) -> None:
+    volume = SimpleITK.ReadImage(str(path))
+    volume.SetSpacing((1.5, 1.5, 2.5))
+    SimpleITK.WriteImage(volume, str(path))
+
+
+def set_voxel(value):
+    def change(array):
+        array[0, 0, 0] = value
+        return array
+
+    return change
+
+
+def no_label(folder: Path) -> None:
+    (folder / "labelsTr" / "case_1.nii.gz").unlink()
+
+
+def no_image(folder: Path) -> None:
+    (folder / "imagesTr" / "case_1_0000.nii.gz").unlink()
+
+
+def unknown_value(folder: Path) -> None:
+    rewrite(folder / "labelsTr" / "case_0.nii.gz", set_voxel(7))
+
+
+def other_size(folder: Path) -> None:
+    rewrite(folder / "labelsTr" / "case_0.nii.gz", lambda array: array[:-1])
+
+
+def other_spacing(folder: Path) -> None:
+    respace(folder / "labelsTr" / "case_0.nii.gz")
+
+
+def no_voxel_of_blob(folder: Path) -> None:
+    for path in (folder / "labelsTr").iterdir():
+        rewrite(path, lambda array: array * (array != 2))
+
+
+def missing_channel(folder: Path) -> None:
+    content = read_json(folder / "dataset.json")
+    write_json(folder / "dataset.json", {**content, "channel_names": {"0": "MR", "1": "CT"}})
+    shutil.copyfile(folder / "imagesTr" / "case_3_0000.nii.gz", folder / "imagesTr" / "case_3_0001.nii.gz")
+
+
+def excess_channel(folder: Path) -> None:
+    shutil.copyfile(folder / "imagesTr" / "case_1_0000.nii.gz", folder / "imagesTr" / "case_1_0001.nii.gz")
+
+
+def unreadable_image(folder: Path) -> None:
+    (folder / "imagesTr" / "case_0_0000.nii.gz").write_bytes(b"no volume")
+
+
+def unreadable_label(folder: Path) -> None:
+    (folder / "labelsTr" / "case_0.nii.gz").write_bytes(b"no volume")
+
+
+def refusal(schedule: Schedule, folders: dict[str, Path]) -> str:
+    """The message by which the data are refused; nothing may have been written for nnU-Net."""
+    chain = Chain.open(schedule)
+    with pytest.raises(ValueError, match="the data do not fit the schedule; nothing was written") as caught:
+        prepare_chain(chain, [chain.variant("pgcd", 0)])
+    assert list(folders["nnUNet_raw"].iterdir()) == []
+    assert list(folders["nnUNet_preprocessed"].iterdir()) == []
+    return str(caught.value)
+
+
+def copied(source: Path, folder: Path) -> Path:
+    copy = Path(shutil.copytree(source, folder / "source"))
+    write_json(copy / "split.json", {"test": ["case_3"]})  # a train list would name a removed image first
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (no_label, r"labelsTr/case_1.nii.gz: got no file, expected the label of image case_1_0000.nii.gz"),
+        (no_image, r"labelsTr/case_1.nii.gz: got a label without an image, expected case_1_0000.nii.gz in imagesTr"),
+        (
+            unknown_value,
+            r"labelsTr/case_0.nii.gz: got label values \[7(\.0)?\], expected only \[0, 1, 2\] of dataset.json",
+        ),
+        (other_size, r"case_0.nii.gz: got size \(24, 24, 15\), expected \(24, 24, 16\) as case_0_0000.nii.gz"),
+        (
+            other_spacing,
+            r"case_0.nii.gz: got spacing \(1.5, 1.5, 2.5\) mm, expected \(1.5, 1.5, 2.0\) mm as case_0_0000.nii.gz",
+        ),
+        (no_voxel_of_blob, r"schedule.yaml: steps\[1\]: got no voxel of 'blob' in the labels of its 3 cases"),
+        (missing_channel, r"case_0: got 1 images, expected one for each of the 2 channel_names"),
+        (excess_channel, r"case_1: got 2 images, expected one for each of the 1 channel_names"),
+        (unreadable_image, r"labelsTr/case_0.nii.gz: got an unreadable image or label"),
+        (unreadable_label, r"labelsTr/case_0.nii.gz: got an unreadable image or label"),
+    ],
+)
+def test_data_that_do_not_fit_are_named_and_nothing_is_written(source, nnunet_folders, tmp_path, damage, message):
+    folder = copied(source, tmp_path)
+    damage(folder)
+    found = refusal(load_schedule(write_schedule(tmp_path / "schedule.yaml", folder)), nnunet_folders)
+    assert re.search(message, found)
+    expected = 3 if damage is missing_channel else 1
+    assert len(re.findall(r"^  \S", found, re.MULTILINE)) == expected, (
+        "each problem is told once, though both steps have the case"
+    )
+
+
+def check(schedule: Schedule) -> None:
+    check_sources(schedule, {step: step_cases(schedule, step) for step in (1, 2)})
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_voxels_that_are_not_finite_are_refused(nnunet_folders, tmp_path, value):
+    folder = as_nrrd(write_tiny_dataset(tmp_path / "source", n_cases=2))
+    rewrite(folder / "imagesTr" / "case_0_0000.nrrd", set_voxel(value))
+    found = refusal(load_schedule(write_schedule(tmp_path / "schedule.yaml", folder)), nnunet_folders)
+    assert "imagesTr/case_0_0000.nrrd: got voxels that are not finite (NaN or infinite), expected numbers" in found
+
+
+@pytest.mark.parametrize("name", ["imagesTr/case_0_0000.nii.gz", "labelsTr/case_0.nii.gz"])
+def test_truncated_file_is_refused(tmp_path, name):
+    folder = write_tiny_dataset(tmp_path / "source", n_cases=3)
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="case_0"):
+        check(load_schedule(write_schedule(tmp_path / "schedule.yaml", folder)))
+
+
+def test_sizes_of_2d_pictures_are_compared(tmp_path):
+    folder = tmp_path / "source"
+    labels = {"background": 0, "ball": 1, "blob": 2}
+    content = {"channel_names": {"0": "R"}, "labels": labels, "file_ending": ".png", "numTraining": 2}
+    write_json(folder / "dataset.json", content)
+    write_json(folder / "split.json", {"test": ["case_1"]})
+    for case, height in (("case_0", 20), ("case_1", 24)):
+        for name, shape in ((f"imagesTr/{case}_0000.png", (24, 24)), (f"labelsTr/{case}.png", (height, 24))):
+            (folder / name).parent.mkdir(exist_ok=True)
+            Image.fromarray(np.eye(*shape, dtype=np.uint8)).save(folder / name)
+    path = write_schedule(tmp_path / "schedule.yaml", folder, configuration="2d", plans="{patch_size: [16, 16]}")
+    with pytest.raises(ValueError, match=r"case_0\.png"):
+        check(load_schedule(path))
+
+
+def test_all_problems_are_named_at_once(nnunet_folders, tmp_path):
+    source = write_tiny_dataset(tmp_path / "source", n_cases=6)
+    unknown_value(source)
+    no_label(source)
+    shutil.copyfile(source / "imagesTr" / "case_2_0000.nii.gz", source / "imagesTr" / "case_2_0001.nii.gz")
+    (source / "imagesTr" / "case_3_0000.nii.gz").unlink()
+    rewrite(source / "labelsTr" / "case_4.nii.gz", lambda array: array[:, 1:])
+    write_json(source / "split.json", {"test": ["case_5"]})
+    found = refusal(load_schedule(write_schedule(tmp_path / "schedule.yaml", source)), nnunet_folders)
+    for name, problem in [
+        ("labelsTr/case_0.nii.gz", "label values"),
+        ("labelsTr/case_1.nii.gz", "no file"),
+        ("case_2", "2 images"),
+        ("labelsTr/case_3.nii.gz", "a label without an image"),
+        ("labelsTr/case_4.nii.gz", "size"),
+    ]:
+        assert f"{name}: got {problem}" in found
+    assert len(found.splitlines()) == 6
+
+
+def test_problems_of_all_own_datasets_are_named(nnunet_folders, tmp_path):
+    schedule = write_own_datasets(tmp_path)
+    unknown_value(tmp_path / "one")
+    no_label(tmp_path / "two")
+    found = refusal(schedule, nnunet_folders)
+    assert f"{tmp_path}/one/labelsTr/case_0.nii.gz: got label values" in found
+    assert f"{tmp_path}/two/labelsTr/case_1.nii.gz: got no file" in found
+
+
+def test_own_datasets_with_different_channels_are_refused(tmp_path):
+    schedule = write_own_datasets(tmp_path).file
+    schedule.write_text(schedule.read_text().replace("  - {dataset: two, subjects: [case_2], classes: [blob]}\n", ""))
+    folder = tmp_path / "two"
+    for path in list((folder / "imagesTr").iterdir()):
+        shutil.copyfile(path, path.with_name(path.name.replace("_0000", "_0001")))
+    content = read_json(folder / "dataset.json")
+    write_json(folder / "dataset.json", {**content, "channel_names": {"0": "MR", "1": "CT"}})
+    with pytest.raises(ValueError, match=r"two/dataset.json: channel_names: got .*, expected .*'MR'} as in step 1"):
+        check(load_schedule(schedule))
+
+
+def test_step_whose_cases_are_all_for_test_is_refused(nnunet_folders, tmp_path):
+    schedule = write_own_datasets(tmp_path)
+    schedule.file.write_text(schedule.file.read_text().replace("dataset: two, subjects: [case_2]", "dataset: two"))
+    found = refusal(load_schedule(schedule.file), nnunet_folders)
+    assert re.search(r"own.yaml: steps\[1\]: got no training case in .*two, .*not a test subject", found)
+
+
+def test_more_disjoint_steps_than_cases_are_refused(source, nnunet_folders, tmp_path):
+    write_json(tmp_path / "split.json", {"train": ["case_0"], "test": ["case_3"]})
+    schedule = cut(source, tmp_path, test=f"test: {tmp_path}/split.json", images="disjoint")
+    assert re.search(r"steps\[1\]: got no training case", refusal(schedule, nnunet_folders))
+
+
+def test_unknown_value_in_a_test_label_is_named_with_its_file(source, nnunet_folders, tmp_path):
+    folder = copied(source, tmp_path)
+    rewrite(folder / "labelsTr" / "case_3.nii.gz", set_voxel(7))
+    chain = Chain.open(load_schedule(write_schedule(tmp_path / "schedule.yaml", folder)))
+    with pytest.raises(ValueError, match=r"labelsTr/case_3.nii.gz: labels: got values \[7"):
+        prepare_chain(chain, [chain.variant("pgcd", 0)])
+    assert list(nnunet_folders["nnUNet_raw"].iterdir()) == []
+    assert not (chain.folder / "test").exists()
+
+
+def test_test_image_without_label_is_refused(source, nnunet_folders, tmp_path):
+    folder = copied(source, tmp_path)
+    (folder / "labelsTr" / "case_3.nii.gz").unlink()
+    chain = Chain.open(load_schedule(write_schedule(tmp_path / "schedule.yaml", folder)))
+    with pytest.raises(
+        FileNotFoundError, match=r"labelsTr/case_3.nii.gz: got no file, .* test image case_3_0000.nii.gz"
+    ):
+        prepare_chain(chain, [chain.variant("pgcd", 0)])
+    assert list(nnunet_folders["nnUNet_raw"].iterdir()) == []
+    assert not (chain.folder / "test").exists()
+
+
+def test_test_set_of_another_file_type_is_refused(source, nnunet_folders, tmp_path):
+    other = as_nrrd(write_tiny_dataset(tmp_path / "other", n_cases=1))
+    chain = Chain.open(cut(source, tmp_path, test=f"test: {{dataset: {other}}}"))
+    with pytest.raises(ValueError, match=r"other: got files of type .nrrd, expected .nii.gz"):
+        write_test_set(chain)
+
+
+@pytest.mark.parametrize("place", ["raw", "preprocessed"])
+@pytest.mark.parametrize("step", [1, 2])
+def test_foreign_dataset_in_the_way_is_not_touched(source, nnunet_folders, tmp_path, place, step):
+    chain = Chain.open(load_schedule(write_schedule(tmp_path / "schedule.yaml", source)))
+    theirs = getattr(chain, place)(step)
+    (theirs / "imagesTr").mkdir(parents=True)
+    (theirs / "dataset.json").write_text("theirs")
+    before = {path: path.stat().st_mtime_ns for path in [theirs, *theirs.rglob("*")]}
+    with pytest.raises(FileExistsError, match=rf"{theirs.name}: got a dataset of no chain, .*not touched"):
+        prepare_chain(chain, [chain.variant("pgcd", 0)])
+    found = [path for folder in nnunet_folders.values() for path in folder.rglob("*")]
+    assert {path: path.stat().st_mtime_ns for path in found} == before
+    assert (theirs / "dataset.json").read_text() == "theirs"
+
+
+def test_dataset_of_another_chain_in_the_way_is_not_touched(source, nnunet_folders, tmp_path):
+    chain = Chain.open(load_schedule(write_schedule(tmp_path / "schedule.yaml", source)))
+    marker = chain.raw(1) / STEP_FILE
+    write_json(marker, {"chain": "other", "step": 1, "n_cases": 1})
+    with pytest.raises(FileExistsError, match="got a dataset of chain 'other', expected a free place for chain 'tiny'"):
+        prepare_chain(chain, [chain.variant("pgcd", 0)])
+    assert [path for folder in nnunet_folders.values() for path in folder.rglob("*") if path.is_file()] == [marker]
+
+
+@pytest.mark.parametrize("unset", [("nnUNet_raw",), ("nnUNet_preprocessed", "nnUNet_results"), FOLDERS])
+def test_unset_folders_of_nnunet_are_all_named(nnunet_folders, monkeypatch, unset):
+    monkeypatch.delenv(unset[0])
+    for name in unset[1:]:
+        monkeypatch.setenv(name, "")
+    with pytest.raises(ValueError, match=rf"^{', '.join(unset)}: got nothing, expected a folder") as caught:
+        nnunet_api.nnunet_paths()
+    assert re.findall(r"export (\w+)=", str(caught.value)) == list(unset)
+
+
+def test_folders_of_nnunet_are_created(nnunet_folders, monkeypatch, tmp_path):
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "new" / "results"))
+    assert nnunet_api.nnunet_paths()["nnUNet_results"].is_dir()
