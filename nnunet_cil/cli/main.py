@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
@@ -52,8 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("nnunet_cil").setLevel(logging.DEBUG if args.debug else logging.INFO)
+    if not args.debug:
+        warnings.simplefilter("ignore", FutureWarning)  # of torch, about what nnU-Net's dependencies use
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _interrupt)
+        os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     try:
         return args.run(args)
     except (ValueError, OSError, RuntimeError) as error:

@@ -113,3 +113,30 @@ def restore_log_level():
     level = logger.level
     yield
     logger.setLevel(level)
+
+
+def test_sigterm_is_an_interrupt_in_the_command_and_none_of_its_worker_processes():
+    code = """
+import os, signal, time
+from types import SimpleNamespace
+from nnunet_cil.cli import main as cli
+
+def run(_):
+    reading, writing = os.pipe()
+    if (child := os.fork()) == 0:
+        os.write(writing, b"ready")
+        time.sleep(30)
+        os._exit(0)
+    os.read(reading, 5)
+    os.kill(child, signal.SIGTERM)
+    print("worker ended by signal", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(30)
+
+cli.build_parser = lambda: SimpleNamespace(parse_args=lambda _: SimpleNamespace(debug=False, run=run))
+raise SystemExit(cli.main([]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "worker ended by signal -15\n"
+    assert done.returncode == 130
+    assert done.stderr == "Interrupted. The same command goes on from here.\n"
