@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import shlex
 import shutil
 import sys
@@ -27,6 +28,8 @@ from nnunet_cil.parallel import TELL_EVERY_SECONDS, worker_count
 
 logger = logging.getLogger(__name__)
 
+UNREADABLE = (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, pickle.UnpicklingError)
+"""What reading a model's files raises if they are truncated or of another program."""
 PATH_VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
 
@@ -366,7 +369,13 @@ def predict(
 
     output.mkdir(parents=True, exist_ok=True)
     predictor = nnUNetPredictor(device=device, allow_tqdm=False)
-    predictor.initialize_from_trained_model_folder(str(model_folder), (fold,), "checkpoint_final.pth")
+    try:
+        predictor.initialize_from_trained_model_folder(str(model_folder), (fold,), "checkpoint_final.pth")
+    except UNREADABLE as error:
+        raise ValueError(
+            f"{model_folder}: got an unreadable model ({type(error).__name__}: {error}), expected the finished one of "
+            f"fold {fold}. Remove its fold_{fold} and train the step again."
+        ) from error
     manager, chosen, dataset_json = predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
     ending = dataset_json["file_ending"]
     missing = [case for case in images if not (output / f"{case}{ending}").is_file()]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +79,7 @@ def load_teacher(model_folder: Path, fold: int | str, checkpoint_name: str, devi
         weights = checkpoint["network_weights"]
         configuration = checkpoint["init_args"]["configuration"]
         trainer = checkpoint["trainer_name"]
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
+    except nnunet_api.UNREADABLE as error:
         raise ValueError(
             f"teacher: got an unreadable model at {checkpoint_path} ({type(error).__name__}: {error}), expected a "
             "checkpoint written by nnU-Net. It is truncated or of another program: train the step before again."
