@@ -28,6 +28,7 @@ from nnunet_cil.schedule import Schedule
 logger = logging.getLogger(__name__)
 
 FEW_CORES = 4
+WORKERS_VARIABLE = "nnUNet_n_proc_DA"
 
 
 def variants_of(chain: Chain, methods: Sequence[str], seeds: Sequence[int | None]) -> list[Variant]:
@@ -54,6 +55,7 @@ def run(schedule: Schedule, methods: Sequence[str], seeds: Sequence[int | None])
     """
     chain = Chain.open(schedule)
     logger.info("chain %s in %s", schedule.name, chain.folder)
+    _say_how(schedule)
     variants = _prepared_variants(chain, methods, seeds)
     todo = _trainings(chain, variants)
     started, trained = monotonic(), 0
@@ -159,6 +161,23 @@ def _prepared_variants(chain: Chain, methods: Sequence[str], seeds: Sequence[int
     return variants
 
 
+def _augmentation_workers(schedule: Schedule) -> str | None:
+    """Value of nnUNet_n_proc_DA for a training; None leaves the choice to nnU-Net.
+
+    On few cores the training process augments itself: worker processes and OpenMP would fight for them.
+    """
+    few = device_of(schedule).type == "cpu" and worker_count(64) <= FEW_CORES
+    return os.environ.get(WORKERS_VARIABLE, "0" if few else None)
+
+
+def _say_how(schedule: Schedule) -> None:
+    device, workers = device_of(schedule), _augmentation_workers(schedule)
+    dtype = amp_dtype(schedule.training.amp, device)
+    where = {None: "nnU-Net's number of processes", "0": "the training process"}.get(workers, f"{workers} processes")
+    precision = "full precision" if dtype is None else f"{str(dtype).removeprefix('torch.')} by autocast"
+    logger.info("on %s, %s, augmentation in %s", device.type, precision, where)
+
+
 def _with_first_steps(chain: Chain, variants: Sequence[Variant]) -> list[Variant]:
     first = [chain.first_step(variant.seed) for variant in variants]
     return list(dict.fromkeys([*first, *variants]))
@@ -202,10 +221,9 @@ def _train(chain: Chain, variant: Variant, step: int | str, fold: int | str, lab
     resume = any((folder / f"checkpoint_{name}.pth").is_file() for name in ("final", "latest", "best"))
     arguments = _arguments(chain, variant, step, fold)
     logger.info("%s%s\n  %s", label, " (resumed)" if resume else "", shlex.join(["nnUNetv2_train", *arguments]))
-    environment = dict(os.environ, nnUNet_extTrainer=trainer_path_variable())
-    cores = worker_count(64)
-    if "nnUNet_n_proc_DA" not in environment and cores <= FEW_CORES and device_of(chain.schedule).type == "cpu":
-        environment["nnUNet_n_proc_DA"] = "0"  # worker processes and OpenMP fight for few cores
+    environment = {**os.environ, "nnUNet_extTrainer": trainer_path_variable()}
+    if (workers := _augmentation_workers(chain.schedule)) is not None:
+        environment[WORKERS_VARIABLE] = workers
     log_path = chain.folder / "logs" / f"{chain.plans_name(variant)}_{step}_fold_{fold}.log"
     log_path.parent.mkdir(parents=True, exist_ok=True)
     progress = _Progress(label, block_of(chain, variant, step).training.epochs)

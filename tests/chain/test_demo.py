@@ -49,6 +49,8 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(demo):
 
 def test_it_says_where_it_stands_and_for_how_long(demo):
     assert "[1/3] pgcd, seed 0, step 1 of 2, fold all" in demo[1]
+    assert "on cpu, " in demo[1]
+    assert "augmentation in " in demo[1]
     assert "min left" in demo[2]
 
 
