@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from pathlib import Path
 
 SCHEDULE = """\
-# First liver and spleen, then both kidneys on other subjects, whose liver and spleen nobody labelled.
+# A hospital labelled liver and spleen. New scans arrive on which only the kidneys are labelled.
 name: demo
-source: Dataset001_Phantom
-images: disjoint
-test: {split}
+test:
+  dataset: Dataset001_OldScans
+  subjects: {subjects}
+  classes: {{liver: liver, spleen: spleen, right_kidney: kidneys, left_kidney: kidneys}}
 fold: all
 device: {device}
-plans: {{patch_size: [32, 64, 64], batch_size: 2, features_per_stage: [8, 16, 32, 32]}}
-mirror_axes: [0, 1]  # not left and right: they tell the kidneys apart
-training: {{epochs: {epochs}, iterations_per_epoch: 50, val_iterations_per_epoch: 2, seed: {seed}}}
+plans: {{patch_size: [32, 48, 48], batch_size: 2, features_per_stage: [8, 16, 32, 32]}}
+mirror_axes: []  # a short training has no time to learn mirrored abdomens
+training:
+  epochs: {epochs}
+  iterations_per_epoch: 100
+  val_iterations_per_epoch: 2
+  initial_lr: 0.02
+  later_lr: 0.02
+  seed: {seed}
 steps:
-  - [liver, spleen]
-  - [right_kidney, left_kidney]
+  - dataset: Dataset001_OldScans
+    classes: [liver, spleen]
+  - dataset: Dataset002_NewScans
+    classes: {{right_kidney: kidneys, left_kidney: kidneys}}
 """
 
 
@@ -33,7 +43,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--methods", nargs="+", default=["pgcd", "finetune"], metavar="METHOD", help="methods to compare"
     )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to train")
-    parser.add_argument("--epochs", type=int, default=6, help="epochs of 50 iterations in each step")
+    parser.add_argument("--epochs", type=int, default=6, help="epochs of 100 iterations in each step")
     parser.add_argument("--seed", type=int, default=0, help="seed of the subjects and of the trainings")
     parser.set_defaults(run=run)
 
@@ -48,13 +58,13 @@ def run(args: argparse.Namespace) -> int:
     from nnunet_cil.phantom import write_phantom
     from nnunet_cil.schedule import load_schedule
 
-    source = folder / "nnUNet_raw" / "Dataset001_Phantom"
-    if not (source / "dataset.json").is_file():
-        write_phantom(source, seed=args.seed)
+    old, new = (folder / "nnUNet_raw" / name for name in ("Dataset001_OldScans", "Dataset002_NewScans"))
+    for source, n_test, seed in ((old, 6, args.seed), (new, 0, args.seed + 1)):
+        if not (source / "dataset.json").is_file():
+            write_phantom(source, n_train=6, n_test=n_test, seed=seed)
+    subjects = json.loads((old / "split.json").read_text())["test"]
     path = folder / "demo.yaml"
-    path.write_text(
-        SCHEDULE.format(split=source / "split.json", device=args.device, epochs=args.epochs, seed=args.seed)
-    )
+    path.write_text(SCHEDULE.format(subjects=subjects, device=args.device, epochs=args.epochs, seed=args.seed))
     print(driver.run(load_schedule(path), args.methods, []))
     results = folder / "nnUNet_results" / "chain_demo"
     print("\nThe schedule, the scores, the table and the figure:")
