@@ -191,7 +191,7 @@ def make_subject(
 
     radius = np.sqrt(np.abs(x / 0.88) ** 2.2 + np.abs(y / 0.84) ** 2.2)
     cavity = radius < 0.77
-    liver, spleen, kidney = np.array((0.57, 0.7, 1.0)) + rng.normal(0, 0.035, 3)
+    liver, spleen, kidney = np.array((0.57, 0.66, 0.78)) + rng.normal(0, 0.035, 3)
 
     painter = _Painter(shape, air=0.0)
     _paint_spine_and_vessels(painter, grid, grain, rng)

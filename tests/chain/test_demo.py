@@ -64,7 +64,7 @@ def test_finetune_forgets_and_pgcd_keeps(demo):
     assert min(before[:2]) > 0.75
     assert finetune["old_mean"] < 0.05
     assert pgcd["old_mean"] > sum(before[:2]) / 2 - 0.05
-    assert pgcd["new_mean"] > finetune["new_mean"] - 0.1
+    assert pgcd["new_mean"] > 0.6, "it learns the new organ, too"
     assert pgcd["mean"] > finetune["mean"] + 0.2
     for name in ("scores.json", "table.txt", "mean_dice.png"):
         assert name in shown
