@@ -7,13 +7,13 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from nnunet_cil import nnunet_api
 from nnunet_cil.environment import trainers_dir
-from nnunet_cil.schedule import Schedule
+from nnunet_cil.schedule import ABLATIONS, METHOD_DEFAULTS, Schedule, Training
 from nnunet_cil.step_files import read_step_file
 
 logger = logging.getLogger(__name__)
@@ -36,22 +36,33 @@ def method_of(trainer: str) -> str:
     return trainer.removeprefix(_TRAINER_PREFIX).lower()
 
 
-def trainer_of(method: str, schedule: Schedule) -> str:
-    """Trainer class of a method's short name: the schedule's own or one of this package's ``trainers/``.
+def resolve_method(method: str, schedule: Schedule) -> tuple[str, dict[str, Any]]:
+    """Trainer class of a method's short name, and its settings where they differ from the schedule's.
+
+    A method is the schedule's own, one of this package's ``trainers/``, a variant that the schedule names, or one of
+    these with an ablation, ``pgcd-no_channel``.
 
     Raises:
-        ValueError: no trainer of that name.
+        ValueError: no such method.
     """
-    known = {method_of(path.stem): path.stem for path in trainers_dir().glob(f"{_TRAINER_PREFIX}*.py")}
-    known[method_of(schedule.trainer)] = schedule.trainer
-    if method not in known:
-        raise ValueError(f"--methods: got {method!r}, expected some of {sorted(known)}.")
-    return known[method]
+    trainers = {method_of(path.stem): path.stem for path in trainers_dir().glob(f"{_TRAINER_PREFIX}*.py")}
+    trainers[method_of(schedule.trainer)] = schedule.trainer
+    base, dash, ablation = method.partition("-")
+    if clash := sorted(set(trainers) & set(schedule.variants)):
+        raise ValueError(f"{schedule.file}: variants: got {clash}, which are methods; expected other names.")
+    changes = dict(schedule.variants.get(base, {}))
+    trainer = changes.pop("trainer", schedule.trainer) if base in schedule.variants else trainers.get(base)
+    if trainer is None or (dash and ablation not in ABLATIONS):
+        raise ValueError(
+            f"--methods: got {method!r}, expected some of {sorted({*trainers, *schedule.variants})}, or one of them "
+            f"with an ablation, such as pgcd-no_channel: {', '.join(ABLATIONS)}."
+        )
+    return trainer, changes | dict(ABLATIONS[ablation] if dash else {})
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A method with a seed: what shares preprocessed data with others but never an output folder."""
+    """A method, its settings included, with a seed: shares preprocessed data with others, never an output folder."""
 
     method: str
     trainer: str
@@ -103,9 +114,12 @@ class Chain:
         write_json(self.folder / "chain.json", self.content)
 
     def _differing_keys(self) -> list[str]:
-        """``key: before, now`` for what may not change while a chain runs: all but the device and the test set."""
-        before, now = self.content["schedule"], json.loads(json.dumps(self.schedule.to_dict()))
-        keys = sorted((set(before) | set(now)) - {"device", "test"})
+        """``key: before, now`` for what may not change while a chain runs: all but what is no part of a training
+        that was done, and the variants, whose trainings are compared one by one."""
+        before, now = dict(self.content["schedule"]), json.loads(json.dumps(self.schedule.to_dict()))
+        for key, defaults in (("method", METHOD_DEFAULTS), ("training", asdict(Training()))):
+            before[key] = {**defaults, **before[key]}  # a chain of an earlier version, which had fewer settings
+        keys = sorted((set(before) | set(now)) - {"device", "test", "variants", "nsd_tolerance_mm"})
         return [f"{k}: chain {before.get(k)}, schedule {now.get(k)}" for k in keys if before.get(k) != now.get(k)]
 
     def _refuse_other_schedule(self, differing: Sequence[str]) -> None:
@@ -161,7 +175,11 @@ class Chain:
 
     def variant(self, method: str, seed: int | None) -> Variant:
         """The variant of a method's short name and a seed."""
-        return Variant(method, trainer_of(method, self.schedule), seed)
+        return Variant(method, resolve_method(method, self.schedule)[0], seed)
+
+    def settings(self, variant: Variant) -> dict[str, Any]:
+        """The method's coefficients, see ``schedule.METHOD_DEFAULTS``."""
+        return {**self.schedule.method, **resolve_method(variant.method, self.schedule)[1]}
 
     def first_step(self, seed: int | None) -> Variant:
         """The variant whose step 1 all methods of this seed share."""

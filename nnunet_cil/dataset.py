@@ -588,11 +588,28 @@ def write_variant_plans(chain: Chain, variant: Variant) -> None:
     """Plans with the ``"cil"`` block for each step of a variant, written anew at each call."""
     steps: Sequence[int | str] = [JOINT] if variant.method == JOINT else range(1, chain.n_steps + 1)
     for step in steps:
+        _check_same_settings(chain, variant, step)
+    for step in steps:
         owner = chain.first_step(variant.seed) if step == 1 else variant
         name = chain.plans_name(owner)
         plans = {**base_plans(chain), "dataset_name": chain.dataset_name(step), "plans_name": name}
         plans[BLOCK_KEY] = block_of(chain, owner, step).to_json()
         write_json(chain.preprocessed(step) / f"{name}.json", plans)
+
+
+def _check_same_settings(chain: Chain, variant: Variant, step: int | str) -> None:
+    """Refuse settings that differ from those of a training which was begun."""
+    owner = chain.first_step(variant.seed) if step == 1 else variant
+    path = chain.model_folder(variant, step) / "plans.json"
+    if not path.is_file():
+        return
+    before = StepBlock.from_plans(json.loads(path.read_text()), dataset_json_of(path.parent)).settings
+    now = block_of(chain, owner, step).settings
+    if differing := [f"{k}: {before.get(k)} then, {now.get(k)} now" for k in now if before.get(k) != now.get(k)]:
+        raise ValueError(
+            f"{chain.schedule.file}: variants: {variant.method}: got other settings than {path.parent} was trained "
+            f"with, expected the same:\n  " + "\n  ".join(differing) + "\nGive the variant another name."
+        )
 
 
 def block_of(chain: Chain, variant: Variant, step: int | str) -> StepBlock:
@@ -615,7 +632,7 @@ def block_of(chain: Chain, variant: Variant, step: int | str) -> StepBlock:
         step=number,
         classes=classes,
         method=variant.method,
-        settings=dict(schedule.method),
+        settings=chain.settings(variant),
         training=training,
         mirror_axes=schedule.mirror_axes,
         teacher=teacher,

@@ -109,6 +109,17 @@ def accumulate_prototypes(
     return accumulator, shift.cpu(), shift_counts.cpu()
 
 
+def random_patch(image: np.ndarray, patch_size: Sequence[int], random: np.random.Generator) -> torch.Tensor:
+    """A patch somewhere in an image (C, *spatial), as (1, C, *patch_size); an image that is too small is padded."""
+    is_2d = len(patch_size) == 2
+    patch = (1, *patch_size) if is_2d else tuple(patch_size)
+    image = pad_nd_image(np.asarray(image[:]), patch, "constant", {"constant_values": 0})
+    starts = [random.integers(size - p + 1) for size, p in zip(image.shape[1:], patch, strict=True)]
+    piece = image[(slice(None), *(slice(start, start + p) for start, p in zip(starts, patch, strict=True)))]
+    x = torch.from_numpy(np.ascontiguousarray(piece))[None].float()
+    return x[:, :, 0] if is_2d else x
+
+
 @torch.no_grad()
 def _features(network: nn.Module, tap: FeatureTap, x: torch.Tensor) -> torch.Tensor:
     network(x)

@@ -21,6 +21,27 @@ def last_decoder_stage(network: nn.Module) -> str:
     return f"decoder.stages.{len(decoder.stages) - 1}"
 
 
+def encoder_stages(network: nn.Module) -> tuple[str, ...]:
+    """Dotted paths of the encoder's stages, ``encoder.stages.0`` first.
+
+    Raises:
+        ValueError: the network has no ``encoder.stages``.
+    """
+    encoder = getattr(network, "encoder", None)
+    if not hasattr(encoder, "stages"):
+        raise ValueError(
+            f"network: got {type(network).__name__}, expected one with encoder.stages such as PlainConvUNet. Choose "
+            "another method or another plan."
+        )
+    return tuple(f"encoder.stages.{i}" for i in range(len(encoder.stages)))
+
+
+def decoder_stages(network: nn.Module) -> tuple[str, ...]:
+    """Dotted paths of the decoder's stages, that of the lowest resolution first. Errors as `last_decoder_stage`."""
+    last = last_decoder_stage(network)
+    return tuple(f"decoder.stages.{i}" for i in range(int(last.rsplit(".", 1)[1]) + 1))
+
+
 class FeatureTap:
     """Keeps the last output of one module, with its gradient graph, until ``clear`` or the next forward pass.
 

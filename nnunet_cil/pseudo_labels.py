@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,25 +19,81 @@ from nnunet_cil import nnunet_api
 
 logger = logging.getLogger(__name__)
 
+ENTROPY_BINS = 100
+
+Rule = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def by_confidence(tau_old: float, tau_background: float) -> Rule:
+    """Believe a decision whose probability is at least ``tau_old``, or ``tau_background`` where it is background."""
+
+    def accepts(probabilities: torch.Tensor, decision: torch.Tensor) -> torch.Tensor:
+        return probabilities.gather(1, decision) >= torch.where(decision > 0, tau_old, tau_background)
+
+    return accepts
+
+
+def by_entropy(thresholds: torch.Tensor) -> Rule:
+    """Believe a decision c whose normalised entropy is below ``thresholds[c]`` (PLOP, CVPR 2021, eq. 8).
+
+    Args:
+        thresholds: (n_old,) in [0, 1], see `median_entropies`.
+    """
+
+    def accepts(probabilities: torch.Tensor, decision: torch.Tensor) -> torch.Tensor:
+        return normalised_entropy(probabilities) < thresholds.to(probabilities)[decision]
+
+    return accepts
+
+
+def only_organs(accepts: Rule) -> Rule:
+    """Believe a decision where ``accepts`` does, unless it is background."""
+    return lambda probabilities, decision: accepts(probabilities, decision) & (decision > 0)
+
+
+def normalised_entropy(probabilities: torch.Tensor) -> torch.Tensor:
+    """(B, 1, *S) entropy of (B, n, *S) probabilities, divided by its largest value log(n)."""
+    return torch.special.entr(probabilities).sum(1, keepdim=True) / math.log(probabilities.shape[1])
+
+
+def entropy_histogram(labels: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+    """(n_old, ENTROPY_BINS) voxels that the labels call background, by the teacher's decision and entropy in [0, 1].
+
+    Args:
+        labels: (B, 1, *S).
+        teacher_logits: (B, n_old, *S).
+    """
+    n_old = teacher_logits.shape[1]
+    probabilities = torch.softmax(teacher_logits.float(), 1)
+    bins = (normalised_entropy(probabilities) * ENTROPY_BINS).long().clamp_(0, ENTROPY_BINS - 1)
+    index = probabilities.argmax(1, keepdim=True) * ENTROPY_BINS + bins
+    return torch.bincount(index[labels == 0], minlength=n_old * ENTROPY_BINS).reshape(n_old, ENTROPY_BINS)
+
+
+def median_entropies(histogram: torch.Tensor, smallest: float = 1e-3) -> torch.Tensor:
+    """(n_old,) lower edge of the bin that holds each class's median entropy, at least ``smallest`` (as PLOP's code)."""
+    cumulated = histogram.cumsum(1)
+    median = (2 * cumulated < cumulated[:, -1:]).sum(1).clamp_max(ENTROPY_BINS - 1)
+    return (median / ENTROPY_BINS).clamp_min(smallest)
+
 
 def merge_pseudo_labels(
-    labels: torch.Tensor, teacher_logits: torch.Tensor, tau_old: float, tau_background: float, ignore_id: int
+    labels: torch.Tensor, teacher_logits: torch.Tensor, accepts: Rule, ignore_id: int
 ) -> torch.Tensor:
     """Labels of the new classes, completed by the teacher where they say background (docs/method.md, section 1).
 
     Args:
         labels: (B, 1, *spatial) integers; 0 is background, all else is kept as it is.
         teacher_logits: (B, n_old, *spatial).
-        tau_old: smallest confidence in [0, 1] at which an old class is taken over.
-        tau_background: the same for background.
-        ignore_id: given to voxels on which the teacher is less sure.
+        accepts: from probabilities (B, n_old, *spatial) and decision (B, 1, *spatial), where the teacher is believed.
+        ignore_id: given to voxels on which it is not.
 
     Returns:
         (B, 1, *spatial) of the dtype of ``labels``.
     """
-    confidence, decision = torch.softmax(teacher_logits.float(), 1).max(1, keepdim=True)
-    threshold = torch.where(decision > 0, tau_old, tau_background)
-    proposed = torch.where(confidence >= threshold, decision, ignore_id).to(labels.dtype)
+    probabilities = torch.softmax(teacher_logits.float(), 1)
+    decision = probabilities.argmax(1, keepdim=True)
+    proposed = torch.where(accepts(probabilities, decision), decision, ignore_id).to(labels.dtype)
     return torch.where(labels == 0, proposed, labels)
 
 
@@ -48,8 +105,8 @@ class PseudoLabelCache:
 
     Args:
         folder: parent of all caches of a dataset, outside nnU-Net's data folder.
-        key: everything beside the case's own labels that the result depends on; ``n_classes``, ``tau_old`` and
-            ``tau_background`` among it. Voxels of which the teacher is unsure get the id ``n_classes``.
+        key: everything beside the case's own labels that the result depends on; ``n_classes`` among it. Voxels on
+            which the teacher is not believed get the id ``n_classes``.
     """
 
     def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
@@ -79,6 +136,7 @@ class PseudoLabelCache:
         dataset: Any,
         cases: Sequence[str],
         teacher_logits: Callable[[Any], torch.Tensor],
+        accepts: Rule,
         patch_size: Sequence[int],
         with_annotated: bool,
         say: Callable[[str], None] = logger.info,
@@ -88,6 +146,7 @@ class PseudoLabelCache:
         Args:
             dataset: nnU-Net's preprocessed dataset with the step's own labels.
             teacher_logits: (C, *spatial) image -> (n_old, *spatial) logits.
+            accepts: where the teacher is believed, see `merge_pseudo_labels`.
             patch_size: of the training, for which the files are chunked.
             with_annotated: whether the dataset declares an ignore label.
             say: gets a line of progress now and then.
@@ -98,7 +157,7 @@ class PseudoLabelCache:
             seg = np.asarray(seg[:])
             if self.has(case, seg):
                 continue
-            self._add(case, seg, teacher_logits(image), patch_size, with_annotated)
+            self._add(case, seg, teacher_logits(image), accepts, patch_size, with_annotated)
             made += 1
             if monotonic() - told > 10:
                 told = monotonic()
@@ -107,12 +166,17 @@ class PseudoLabelCache:
         return made
 
     def _add(
-        self, case: str, seg: np.ndarray, logits: torch.Tensor, patch_size: Sequence[int], with_annotated: bool
+        self,
+        case: str,
+        seg: np.ndarray,
+        logits: torch.Tensor,
+        accepts: Rule,
+        patch_size: Sequence[int],
+        with_annotated: bool,
     ) -> None:
         n_classes = self.key["n_classes"]
         own = torch.from_numpy(seg.astype(np.int64))[None]
-        taus = (self.key["tau_old"], self.key["tau_background"])
-        merged = merge_pseudo_labels(own, logits[None], *taus, ignore_id=n_classes)[0].numpy()
+        merged = merge_pseudo_labels(own, logits[None], accepts, ignore_id=n_classes)[0].numpy()
         locations = nnunet_api.class_locations(merged, range(1, n_classes), with_annotated)
         counts = np.bincount(merged[(merged >= 0) & (merged < n_classes)], minlength=n_classes)
         arrays = {"source": np.asarray(self._source_digest(seg)), "counts": counts}
@@ -161,6 +225,30 @@ class PseudoLabelDataset:
         image, _, previous, properties = self._dataset.load_case(identifier)
         seg, locations = self._cache.load(identifier)
         return image, seg, previous, {**properties, "class_locations": locations}
+
+    def __getitem__(self, identifier: str) -> tuple[Any, Any, Any, dict]:
+        return self.load_case(identifier)
+
+
+class JoinedDataset:
+    """Several preprocessed datasets as one; cases of all but the first are named ``PREFIX__CASE``.
+
+    Args:
+        datasets: prefix -> dataset; the first prefix is not used.
+    """
+
+    def __init__(self, datasets: Mapping[str, Any]) -> None:
+        self._where = {
+            case if number == 0 else f"{prefix}__{case}": (dataset, case)
+            for number, (prefix, dataset) in enumerate(datasets.items())
+            for case in dataset.identifiers
+        }
+        self.identifiers = list(self._where)
+
+    def load_case(self, identifier: str) -> tuple[Any, Any, Any, dict]:
+        """As nnU-Net's datasets."""
+        dataset, case = self._where[identifier]
+        return dataset.load_case(case)
 
     def __getitem__(self, identifier: str) -> tuple[Any, Any, Any, dict]:
         return self.load_case(identifier)

@@ -35,11 +35,37 @@ METHOD_DEFAULTS: Mapping[str, Any] = {
     "class_balance": False,
     "class_balance_max": 5.0,
     "scale_by_classes": False,
+    "pgcd_spatial": True,
+    "calibration": "prototypes",
+    "dapd_global": True,
+    "dapd_local": True,
+    "fusion": None,
+    "lambda_kd": 1.0,
+    "lambda_lwf": 1.0,
+    "lwf_temperature": 2.0,
+    "lambda_ilt": 1.0,
+    "lambda_pod": 0.01,
+    "lambda_pod_logits": 0.0005,
+    "lambda_ewc": 100.0,
+    "ewc_patches": 50,
+    "replay_cases": 4,
 }
 METHOD_CHOICES = {
     "pseudo_labels": ("offline", "online", "off"),
     "old_prototypes": ("reextract", "transport"),
     "background_features": ("teacher", "student"),
+    "calibration": ("prototypes", "uniform"),
+}
+ABLATIONS: Mapping[str, Mapping[str, Any]] = {
+    "no_spatial": {"pgcd_spatial": False},
+    "no_channel": {"eta": 0.0},
+    "no_pgcd": {"lambda_pgcd": 0.0},
+    "no_dapd_global": {"dapd_global": False},
+    "no_dapd_local": {"dapd_local": False},
+    "no_dapd": {"lambda_dapd": 0.0},
+    "static_background": {"mu": 1.0},
+    "uniform_weights": {"calibration": "uniform"},
+    "no_pseudo_labels": {"pseudo_labels": "off"},
 }
 CONFIGURATIONS = ("2d", "3d_lowres", "3d_fullres")
 INTENSITY_MODES = ("step1", "whole_image")
@@ -138,6 +164,8 @@ class Schedule:
     mirror_axes: tuple[int, ...] | None = None
     training: Training = field(default_factory=Training)
     method: Mapping[str, Any] = field(default_factory=lambda: dict(METHOD_DEFAULTS))
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    nsd_tolerance_mm: float = 2.0
     dataset_id: int | None = None
     device: str = "auto"
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False)
@@ -172,6 +200,8 @@ class Schedule:
             "mirror_axes": self.mirror_axes,
             "training": asdict(self.training),
             "method": dict(self.method),
+            "variants": {name: dict(settings) for name, settings in self.variants.items()},
+            "nsd_tolerance_mm": self.nsd_tolerance_mm,
             "device": self.device,
         }
 
@@ -189,6 +219,8 @@ KEYS = (
     "mirror_axes",
     "training",
     "method",
+    "variants",
+    "nsd_tolerance_mm",
     "dataset_id",
     "device",
     "steps",
@@ -267,10 +299,12 @@ class _Reader:
             "device": self._choice("device", raw.get("device", "auto"), DEVICES),
             "dataset_id": self._dataset_id(raw.get("dataset_id")),
             "training": self._training(raw.get("training")),
-            "method": self._method(raw.get("method")),
+            "method": self._method("method", raw.get("method"), METHOD_DEFAULTS),
+            "nsd_tolerance_mm": self._tolerance(raw.get("nsd_tolerance_mm", 2.0)),
             "intensity": self._intensity(raw.get("intensity", "step1")),
             **self._plans(raw.get("plans")),
         }
+        values["variants"] = self._variants(raw.get("variants"), values["method"])
         values["steps"] = self._steps(raw.get("steps"), values["source"])
         self._check_channels(values["intensity"], values["source"], values["steps"])
         if values["device"] in ("cpu", "mps") and values["training"].amp == "float16":
@@ -370,31 +404,64 @@ class _Reader:
             self.problem(f"training: {key}", repr(given.pop(key)), checks[key][1])
         return Training(**given)
 
-    def _method(self, value: Any) -> dict[str, Any]:
-        given = self._mapping("method", value, tuple(METHOD_DEFAULTS))
+    def _method(self, where: str, value: Any, base: Mapping[str, Any]) -> dict[str, Any]:
+        given = self._mapping(where, value, tuple(METHOD_DEFAULTS))
         if given.get("pseudo_labels") is False:  # YAML reads off as false
             given["pseudo_labels"] = "off"
         for key, v in given.items():
             default = METHOD_DEFAULTS[key]
             if key in METHOD_CHOICES:
-                self._choice(f"method: {key}", v, METHOD_CHOICES[key])
+                self._choice(f"{where}: {key}", v, METHOD_CHOICES[key])
+            elif key == "fusion":
+                if not (v is None or v == "auto" or (_is_float(v) and 0 <= v <= 1)):
+                    self.problem(f"{where}: {key}", repr(v), "auto, a number from 0 to 1, or null")
             elif isinstance(default, bool):
                 if not isinstance(v, bool):
-                    self.problem(f"method: {key}", repr(v), "true or false")
+                    self.problem(f"{where}: {key}", repr(v), "true or false")
             elif isinstance(default, int) and not (_is_int(v) and v >= 0):
-                self.problem(f"method: {key}", repr(v), "a whole number from 0 on")
+                self.problem(f"{where}: {key}", repr(v), "a whole number from 0 on")
             elif not _is_float(v) or v < 0:
-                self.problem(f"method: {key}", repr(v), "a number from 0 on")
+                self.problem(f"{where}: {key}", repr(v), "a number from 0 on")
             elif key in ("mu", "tau_old", "tau_background") and v > 1:
-                self.problem(f"method: {key}", repr(v), "a number from 0 to 1")
-        method = {**METHOD_DEFAULTS, **given}
+                self.problem(f"{where}: {key}", repr(v), "a number from 0 to 1")
+            elif key == "lwf_temperature" and v == 0:
+                self.problem(f"{where}: {key}", repr(v), "a number above 0")
+        method = {**base, **given}
         if method["class_balance"] is True and method["pseudo_labels"] != "offline":
             self.problem(
-                "method: class_balance",
+                f"{where}: class_balance",
                 f"true with pseudo_labels: {method['pseudo_labels']}",
                 "offline ones, over which the balance is counted once",
             )
         return method
+
+    def _variants(self, value: Any, base: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """What each named variant changes; its ``trainer`` names the method it varies."""
+        if value is None:
+            return {}
+        if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+            self.problem("variants", repr(value), "a mapping of names to what each changes")
+            return {}
+        variants = {}
+        for name, changes in value.items():
+            if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+                self.problem(f"variants: {name}", repr(name), "lower-case letters, digits and _")
+            if not isinstance(changes, dict) or not changes:
+                self.problem(f"variants: {name}", repr(changes), "a mapping of settings, as in `method`")
+                continue
+            trainer = self._text(f"variants: {name}: trainer", changes.get("trainer", self.raw.get("trainer") or "-"))
+            settings = {key: v for key, v in changes.items() if key != "trainer"}
+            whole = self._method(f"variants: {name}", settings, base)
+            variants[name] = {key: whole[key] for key in settings if key in whole}
+            if "trainer" in changes:
+                variants[name]["trainer"] = trainer
+        return variants
+
+    def _tolerance(self, value: Any) -> float:
+        if not (_is_float(value) and value > 0):
+            self.problem("nsd_tolerance_mm", repr(value), "a positive number of millimetres")
+            return 2.0
+        return float(value)
 
     def _intensity(self, value: Any) -> Intensity:
         if isinstance(value, dict):

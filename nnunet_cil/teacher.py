@@ -188,3 +188,20 @@ def grow_head(
                 f"rows of {_HEAD}* may grow. Use the plans that the teacher was trained with."
             )
     return grown
+
+
+@torch.no_grad()
+def fuse_weights(student: nn.Module, teacher: Mapping[str, torch.Tensor], share: float) -> None:
+    """Move the student's parameters towards the teacher's: ``share * teacher + (1 - share) * student``.
+
+    Source: endpoints weight fusion, Xiao et al., "Endpoints Weight Fusion for Class Incremental Semantic Segmentation",
+    CVPR 2023, eq. 6. Rows of the head that the teacher does not have stay as trained; buffers too.
+
+    Args:
+        student: not wrapped by DistributedDataParallel or torch.compile.
+        teacher: state dict with all parameters of the student.
+        share: of the teacher, 0 (nothing changes) to 1 (the old outputs become the teacher's).
+    """
+    for name, parameter in student.named_parameters():
+        source = teacher[name].to(parameter)
+        parameter[: len(source)].lerp_(source, share)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,19 +26,32 @@ from torch.nn.functional import interpolate
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_cil import nnunet_api
-from nnunet_cil.block import StepBlock
-from nnunet_cil.extraction import accumulate_prototypes, transported
+from nnunet_cil.block import BLOCK_KEY, StepBlock
+from nnunet_cil.extraction import accumulate_prototypes, random_patch, transported
 from nnunet_cil.features import FeatureTap, last_decoder_stage
 from nnunet_cil.logging_terms import TERM_PREFIX, TermLogger
-from nnunet_cil.objectives.base import Objective
+from nnunet_cil.objectives.base import Objective, Outputs
 from nnunet_cil.objectives.finetune import Finetune
 from nnunet_cil.precision import Float32Loss, amp_dtype, autocast, set_memory_format
 from nnunet_cil.prototypes import PrototypeStore
-from nnunet_cil.pseudo_labels import PseudoLabelCache, PseudoLabelDataset, merge_pseudo_labels
+from nnunet_cil.pseudo_labels import (
+    ENTROPY_BINS,
+    JoinedDataset,
+    PseudoLabelCache,
+    PseudoLabelDataset,
+    Rule,
+    by_confidence,
+    by_entropy,
+    entropy_histogram,
+    median_entropies,
+    merge_pseudo_labels,
+    only_organs,
+)
 from nnunet_cil.step_files import check_step_files
-from nnunet_cil.teacher import PROTOTYPE_FILE, Teacher, check_teacher, grow_head, load_teacher, sha256_of
+from nnunet_cil.teacher import PROTOTYPE_FILE, Teacher, check_teacher, fuse_weights, grow_head, load_teacher, sha256_of
 
 COST_FILE = "cost.json"
+REPLAY_FILE = "replay.json"
 LATEST_CHECKPOINT = "checkpoint_latest.pth"  # nnU-Net resumes from it even where checkpoint_best.pth is newer
 
 
@@ -85,7 +99,7 @@ class IncrementalTrainer(nnUNetTrainer):
         self.enable_deep_supervision = training.deep_supervision
         self.teacher: Teacher | None = None
         self.objective: Objective | None = None
-        self._taps: dict[str, FeatureTap] = {}
+        self._taps: dict[str, tuple[FeatureTap, ...]] = {}
         self._cache: PseudoLabelCache | None = None
         self._resumed: dict | None = None
         self._last_save = monotonic()
@@ -170,12 +184,21 @@ class IncrementalTrainer(nnUNetTrainer):
         check_step_files(Path(self.preprocessed_dataset_folder_base), self.configuration_manager.data_identifier)
         self._seed()
         if self.incremental:
+            self._check_pseudo_labels()
             self._load_teacher()
         super().on_train_start()
         if self._resumed is not None and not dist.is_initialized():
             _set_random_state(self._resumed["random"])
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+
+    def _check_pseudo_labels(self) -> None:
+        chosen = self.block.settings["pseudo_labels"]
+        if self.objective_class.pseudo_label_rule == "entropy" and chosen != "offline":
+            raise ValueError(
+                f"{self.objective_class.__name__}: got pseudo_labels {chosen!r}, expected 'offline': its entropy "
+                "thresholds are counted over the step's cases. Change `method: pseudo_labels` in the schedule."
+            )
 
     def _load_teacher(self) -> None:
         """Restore the teacher from the block; on a fresh start also grow the student from it."""
@@ -188,8 +211,9 @@ class IncrementalTrainer(nnUNetTrainer):
         student = unwrap(self.network)
         if self._resumed is None:
             student.load_state_dict(grow_head(self.teacher.weights, student.state_dict(), block.n_old))
-        path = last_decoder_stage(student)
-        self._taps = {"student": FeatureTap(student, path), "teacher": FeatureTap(self.teacher.network, path)}
+        paths = self.objective_class.feature_paths(student)
+        for name, network in (("student", student), ("teacher", self.teacher.network)):
+            self._taps[name] = tuple(FeatureTap(network, path) for path in paths)
         self.print_to_log_file(
             f"Step {block.step} ({self.objective_class.__name__}): teacher {block.teacher}, fold {self.fold}, "
             f"sha256 {self.teacher.sha256[:16]}; old classes {list(block.old_classes)}, new {list(block.new_classes)}"
@@ -208,7 +232,30 @@ class IncrementalTrainer(nnUNetTrainer):
             if self.objective_class.uses_pseudo_labels:
                 training = PseudoLabelDataset(training, self._cache)
         self._build_objective(training)
+        if self.objective_class.replays:
+            training = JoinedDataset({"": training, **self._kept_cases()})
         return training, validation
+
+    def _kept_cases(self) -> dict[str, PseudoLabelDataset]:
+        """Cases of earlier steps by step, for a method that replays; what is kept is written to ``replay.json``."""
+        kept, listing, n_bytes = {}, {}, 0
+        root, plans = Path(self.preprocessed_dataset_folder_base).parent, self.plans_manager.plans
+        for step in range(self.block.step - 1, 0, -1):
+            model = Path(plans[BLOCK_KEY]["teacher"])
+            plans = json.loads((Path(str(nnUNet_results)) / model / "plans.json").read_text())
+            folder = root / model.parts[0] / self.configuration_manager.data_identifier
+            cases = nnunet_api.fold_cases(folder, self.fold)
+            chosen = np.random.default_rng([self.block.training.seed or 0, step]).permutation(len(cases))
+            cases = sorted(cases[i] for i in chosen[: self.block.settings["replay_cases"]])
+            dataset = nnunet_api.preprocessed_dataset(folder, cases)
+            cache = self._make_pseudo_labels(cases, dataset, f"kept cases of step {step}")
+            kept[f"step{step}"] = PseudoLabelDataset(dataset, cache)
+            listing[f"step{step}"] = cases
+            n_bytes += sum(path.stat().st_size for case in cases for path in nnunet_api.case_files(folder, case))
+        self.print_to_log_file(f"Keeps scans of earlier steps, which is not privacy-safe: {listing}, {n_bytes} bytes")
+        if self.local_rank == 0:
+            Path(self.output_folder, REPLAY_FILE).write_text(json.dumps({"bytes": n_bytes, "cases": listing}))
+        return kept
 
     def _check_new_classes(self, training) -> None:
         missing = dict.fromkeys(range(self.block.n_old, self.block.n_classes))
@@ -224,19 +271,11 @@ class IncrementalTrainer(nnUNetTrainer):
             f"{len(training.identifiers)} training cases, expected at least one. Check the labels or the class map."
         )
 
-    def _make_pseudo_labels(self, cases: list[str]) -> PseudoLabelCache:
+    def _make_pseudo_labels(self, cases: list[str], kept: Any = None, what: str = "") -> PseudoLabelCache:
+        """Pseudo-labels of the step's own cases, or of cases that are kept of an earlier one."""
         settings, block = self.block.settings, self.block
         mirror_axes = self.teacher.mirror_axes if settings["pseudo_label_mirroring"] else None
-        key = {
-            "teacher": self.teacher.sha256,
-            "configuration": self.configuration_name,
-            "data": self.configuration_manager.data_identifier,
-            "n_classes": block.n_classes,
-            "tau_old": settings["tau_old"],
-            "tau_background": settings["tau_background"],
-            "mirror_axes": mirror_axes,
-        }
-        cache = PseudoLabelCache(Path(self.preprocessed_dataset_folder_base) / "pseudo_labels", key)
+        dataset = nnunet_api.preprocessed_dataset(Path(self.preprocessed_dataset_folder)) if kept is None else kept
         window = nnunet_api.SlidingWindow(
             self.teacher.network,
             self.teacher.plans,
@@ -246,11 +285,28 @@ class IncrementalTrainer(nnUNetTrainer):
             mirror_axes,
         )
         mine = cases[self.local_rank :: dist.get_world_size() if self.is_ddp else 1]
+        believed = {"tau_old": settings["tau_old"], "tau_background": settings["tau_background"]}
+        accepts = self._believed()
+        if kept is not None:
+            believed, accepts = believed | {"of": what}, only_organs(accepts)
+        elif self.objective_class.pseudo_label_rule == "entropy":
+            thresholds = self._entropy_thresholds(dataset, mine, window)
+            believed, accepts = {"entropy": thresholds.tolist()}, by_entropy(thresholds)
+        key = {
+            "teacher": self.teacher.sha256,
+            "configuration": self.configuration_name,
+            "data": self.configuration_manager.data_identifier,
+            "n_classes": block.n_classes,
+            **believed,
+            "mirror_axes": mirror_axes,
+        }
+        cache = PseudoLabelCache(Path(self.preprocessed_dataset_folder_base) / "pseudo_labels", key)
         with self._autocast():
             made = cache.fill(
-                nnunet_api.preprocessed_dataset(Path(self.preprocessed_dataset_folder)),
+                dataset,
                 mine,
                 window.logits,
+                accepts,
                 self.configuration_manager.patch_size,
                 self.label_manager.has_ignore_label,
                 self.print_to_log_file,
@@ -259,6 +315,22 @@ class IncrementalTrainer(nnUNetTrainer):
             dist.barrier()
         self.print_to_log_file(f"pseudo-labels: {made} cases made, {len(cases)} in use, in {cache.folder.name}")
         return cache
+
+    def _entropy_thresholds(self, dataset, cases: list[str], window: nnunet_api.SlidingWindow) -> torch.Tensor:
+        """PLOP's median entropies by class, over the step's cases on all ranks."""
+        histogram = torch.zeros(self.block.n_old, ENTROPY_BINS, dtype=torch.int64)
+        with self._autocast():
+            for case in cases:
+                image, seg, _, _ = dataset.load_case(case)
+                labels = torch.from_numpy(np.asarray(seg[:]).astype(np.int64))[None]
+                histogram += entropy_histogram(labels, window.logits(image)[None])
+        if self.is_ddp:
+            histograms = [None] * dist.get_world_size()
+            dist.all_gather_object(histograms, histogram)
+            histogram = torch.stack(histograms).sum(0)
+        thresholds = median_entropies(histogram)
+        self.print_to_log_file(f"Entropy thresholds by class: {[round(t, 4) for t in thresholds.tolist()]}")
+        return thresholds
 
     def _build_objective(self, training) -> None:
         block = self.block
@@ -271,9 +343,29 @@ class IncrementalTrainer(nnUNetTrainer):
             self.objective.set_label_counts(torch.from_numpy(self._cache.counts(training.identifiers)))
         if self._resumed is not None:
             self.objective.load_state_dict(self._resumed["objective"])
-        if not (self.objective.uses_teacher or self.online):
-            for tap in self._taps.values():
+        self.objective.start(self.teacher.network, self._anchor(), self._patches(training))
+        if not self.objective.uses_teacher:
+            self._remove_taps()
+
+    def _anchor(self) -> dict[str, torch.Tensor]:
+        """The student's state dict before its first iteration."""
+        return grow_head(self.teacher.weights, unwrap(self.network).state_dict(), self.block.n_old)
+
+    def _patches(self, dataset) -> Iterator[torch.Tensor]:
+        """Without end, one patch (1, C, *patch) of one training case after the other, without augmentation."""
+        patch_size = self.configuration_manager.patch_size
+        random_places = np.random.default_rng(self.block.training.seed)
+        while True:
+            for case in sorted(dataset.identifiers):
+                yield random_patch(dataset.load_case(case)[0], patch_size, random_places).to(self.device)
+
+    def _remove_taps(self) -> None:
+        for taps in self._taps.values():
+            for tap in taps:
                 tap.remove()
+
+    def _outputs(self, name: str, logits: torch.Tensor) -> Outputs:
+        return Outputs(logits, tuple(tap.features for tap in self._taps[name]))
 
     def _autocast(self):
         return autocast(self.device, self.amp_dtype)
@@ -282,17 +374,30 @@ class IncrementalTrainer(nnUNetTrainer):
     def _teacher_logits(self, data: torch.Tensor) -> torch.Tensor:
         return self.teacher.network(data)
 
+    def _believed(self) -> Rule:
+        return by_confidence(self.block.settings["tau_old"], self.block.settings["tau_background"])
+
     def _with_online_labels(self, target, teacher_logits: torch.Tensor):
         """y^ from the patch's own teacher prediction, at every resolution of the target."""
-        settings = self.block.settings
-        taus = (settings["tau_old"], settings["tau_background"])
         full = target[0] if isinstance(target, list) else target
-        merged = merge_pseudo_labels(full, teacher_logits, *taus, ignore_id=self.block.n_classes)
+        merged = merge_pseudo_labels(full, teacher_logits, self._believed(), ignore_id=self.block.n_classes)
         if not isinstance(target, list):
             return merged
         as_float = merged.float()
         lower = [interpolate(as_float, size=t.shape[2:], mode="nearest-exact").to(full.dtype) for t in target[1:]]
         return [merged, *lower]
+
+    def _segmentation_loss(self, output, target) -> torch.Tensor:
+        """nnU-Net's loss at all resolutions, of what the objective makes of outputs and labels."""
+        if self.objective is None:
+            return self.loss(output, target)
+        weight = self.objective.segmentation_weight((target[0] if isinstance(target, list) else target)[:, 0])
+        if isinstance(target, list):
+            pairs = [self.objective.segmentation(o, t) for o, t in zip(output, target, strict=True)]
+            loss = self.loss([o for o, _ in pairs], [t for _, t in pairs])
+        else:
+            loss = self.loss(*self.objective.segmentation(output, target))
+        return loss if weight is None else weight * loss
 
     def train_step(self, batch: dict) -> dict:
         """nnU-Net's step, with the teacher's pass and the objective's terms where there is a teacher."""
@@ -309,15 +414,15 @@ class IncrementalTrainer(nnUNetTrainer):
             if self.online and self.objective.uses_pseudo_labels:
                 target = self._with_online_labels(target, teacher_logits)
             output = self.network(data)
-            terms = {"segmentation": self.loss(output, target)}
+            terms = {"segmentation": self._segmentation_loss(output, target)}
         if distils:
             terms |= self.objective(
-                output[0] if isinstance(output, (list, tuple)) else output,
-                teacher_logits,
-                self._taps["student"].features,
-                self._taps["teacher"].features,
+                self._outputs("student", output[0] if isinstance(output, (list, tuple)) else output),
+                self._outputs("teacher", teacher_logits),
                 (target[0] if isinstance(target, list) else target)[:, 0].long(),
             )
+        if self.incremental:
+            terms |= self.objective.parameter_terms(unwrap(self.network))
         total = torch.stack([term.float() for term in terms.values()]).sum()
         if self.grad_scaler is not None:
             self.grad_scaler.scale(total).backward()
@@ -413,9 +518,11 @@ class IncrementalTrainer(nnUNetTrainer):
             self._validation_limit = sys.maxsize
 
     def on_train_end(self):
+        if self.incremental and (share := self.objective.fusion_share()):
+            fuse_weights(unwrap(self.network), self.teacher.weights, share)
+            self.print_to_log_file(f"Weights fused: {share:.3f} of the teacher's, {1 - share:.3f} of this step's.")
         super().on_train_end()
-        for tap in self._taps.values():
-            tap.remove()
+        self._remove_taps()
         if self.local_rank == 0:
             self.logger.local_logger.draw(self.output_folder)
             self._write_cost()

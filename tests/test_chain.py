@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nnunet_cil.chain import FIRST_FREE_ID, JOINT, Chain, Variant, method_of, trainer_of, write_json
+from nnunet_cil.chain import FIRST_FREE_ID, JOINT, Chain, Variant, method_of, resolve_method, write_json
 from nnunet_cil.schedule import Schedule, load_schedule
 from nnunet_cil.step_files import STEP_FILE
 from tests.conftest import write_schedule, write_tiny_dataset
@@ -239,20 +239,20 @@ def test_method_is_the_end_of_the_trainers_name(trainer, method):
     [("pgcd", "nnUNetTrainerPGCD"), ("finetune", "nnUNetTrainerFinetune"), (JOINT, "nnUNetTrainerJoint")],
 )
 def test_own_trainers_are_found_by_their_method(schedule, method, trainer):
-    assert trainer_of(method, schedule) == trainer
+    assert resolve_method(method, schedule) == (trainer, {})
 
 
 def test_the_schedules_trainer_is_found_though_it_is_not_ours(nnunet_folders, tmp_path, source):
     path = write_schedule(tmp_path / "schedule.yaml", source, extra="trainer: nnUNetTrainerMyLwF")
     schedule = load_schedule(path)
-    assert trainer_of("mylwf", schedule) == "nnUNetTrainerMyLwF"
-    assert trainer_of("pgcd", schedule) == "nnUNetTrainerPGCD"
+    assert resolve_method("mylwf", schedule)[0] == "nnUNetTrainerMyLwF"
+    assert resolve_method("pgcd", schedule)[0] == "nnUNetTrainerPGCD"
 
 
 @pytest.mark.parametrize("method", ["no_such", "PGCD", "nnUNetTrainerPGCD", ""])
 def test_unknown_method_is_refused_with_the_known_ones(schedule, method):
     with pytest.raises(ValueError, match=rf"--methods: got '{method}', expected some of \[.*'pgcd'"):
-        trainer_of(method, schedule)
+        resolve_method(method, schedule)
 
 
 @pytest.mark.parametrize(
@@ -372,3 +372,41 @@ def test_write_json_keeps_the_old_file_if_it_is_interrupted(tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         write_json(path, {"half": 2})
     assert path.read_text() == "1\n"
+
+
+def test_variants_and_ablations_change_the_settings_and_have_plans_of_their_own(nnunet_folders, tmp_path, source):
+    extra = (
+        "method: {eta: 0.5}\nvariants: {strong: {lambda_pgcd: 3.0}, fused: {trainer: nnUNetTrainerPLOP, fusion: auto}}"
+    )
+    chain = Chain.open(load_schedule(write_schedule(tmp_path / "schedule.yaml", source, extra=extra)))
+    chain.content["plans_name"] = "nnUNetPlans"
+    plain, strong, fused, ablated = (chain.variant(m, 0) for m in ("pgcd", "strong", "fused", "strong-no_channel"))
+    assert (strong.trainer, fused.trainer) == ("nnUNetTrainerPGCD", "nnUNetTrainerPLOP")
+    values = [(chain.settings(v)["lambda_pgcd"], chain.settings(v)["eta"]) for v in (plain, strong, fused, ablated)]
+    assert values == [(1.0, 0.5), (3.0, 0.5), (1.0, 0.5), (3.0, 0.0)]
+    assert chain.settings(fused)["fusion"] == "auto"
+    assert len({chain.model_folder(v, 2) for v in (plain, strong, fused, ablated)}) == 4
+    assert len({chain.model_folder(v, 1) for v in (plain, strong, fused, ablated)}) == 1
+
+
+@pytest.mark.parametrize("method", ["strong-no_such", "pgcd-", "no_such-no_channel"])
+def test_unknown_ablation_is_refused(schedule, method):
+    with pytest.raises(ValueError, match=rf"--methods: got '{method}', expected .*no_spatial"):
+        resolve_method(method, schedule)
+
+
+def test_a_variant_named_as_a_method_is_refused(nnunet_folders, tmp_path, source):
+    path = write_schedule(tmp_path / "schedule.yaml", source, extra="variants: {plop: {lambda_pgcd: 3.0}}")
+    with pytest.raises(ValueError, match=r"variants: got \['plop'\], which are methods"):
+        resolve_method("pgcd", load_schedule(path))
+
+
+def test_variants_may_be_added_to_a_chain_and_settings_of_an_older_version_may_lack(nnunet_folders, tmp_path, source):
+    chain = Chain.open(load_schedule(write_schedule(tmp_path / "schedule.yaml", source)))
+    chain.content["plans_name"] = "nnUNetPlans"
+    del chain.content["schedule"]["method"]["lambda_pod"], chain.content["schedule"]["training"]["amp"]
+    chain.save()
+    extra = "variants: {strong: {lambda_pgcd: 3.0}}"
+    Chain.open(load_schedule(write_schedule(tmp_path / "schedule.yaml", source, extra=extra)))
+    with pytest.raises(ValueError, match="another schedule"):
+        Chain.open(load_schedule(write_schedule(tmp_path / "schedule.yaml", source, extra="method: {lambda_pod: 1}")))

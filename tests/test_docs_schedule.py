@@ -73,7 +73,7 @@ def defaults_of(cls: type) -> dict[str, Any]:
 def top_level_defaults() -> dict[str, Any]:
     known = defaults_of(Schedule)
     (fold,) = known["folds"]
-    mappings = dict.fromkeys(("plans", "training", "method"))
+    mappings = dict.fromkeys(("plans", "training", "method", "variants"))
     known |= {"fold": fold, "test": known["test"] or None, "intensity": Intensity().mode, **mappings}
     return {key: known[key] for key in KEYS}
 

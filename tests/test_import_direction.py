@@ -9,12 +9,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS = (
-    {"labels", "schedule", "metrics", "losses", "prototypes", "features", "parallel"},
+    {"labels", "schedule", "metrics", "losses", "prototypes", "features", "parallel", "surface_scores"},
     {"nnunet_api", "environment", "phantom", "step_files", "logging_terms", "precision"},
-    {"teacher", "block", "plan_override", "intensity", "extraction", "pseudo_labels", "report"},
+    {"teacher", "block", "plan_override", "intensity", "extraction", "pseudo_labels"},
     {"objectives", "chain"},
     {"trainer", "dataset"},
-    {"driver", "evaluate"},
+    {"driver", "evaluate", "report"},
     {"cli", "trainers"},
 )
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}

@@ -6,9 +6,22 @@ import numpy as np
 import pytest
 import torch
 
-from nnunet_cil.pseudo_labels import PseudoLabelCache, PseudoLabelDataset, merge_pseudo_labels
+from nnunet_cil.pseudo_labels import (
+    ENTROPY_BINS,
+    JoinedDataset,
+    PseudoLabelCache,
+    PseudoLabelDataset,
+    by_confidence,
+    by_entropy,
+    entropy_histogram,
+    median_entropies,
+    merge_pseudo_labels,
+    normalised_entropy,
+    only_organs,
+)
 
 KEY = {"n_classes": 3, "tau_old": 0.6, "tau_background": 0.8, "teacher": "abc"}
+BELIEVED = by_confidence(0.6, 0.8)
 
 
 def logits_of(probabilities):
@@ -20,7 +33,7 @@ def test_merge_by_hand():
     # sure old, unsure old, sure background, unsure background, and a new-class voxel where the teacher is sure
     logits = logits_of([[0.1, 0.9], [0.45, 0.55], [0.9, 0.1], [0.7, 0.3], [0.05, 0.95]])
     labels = torch.tensor([0, 0, 0, 0, 2]).reshape(1, 1, 1, 1, 5)
-    merged = merge_pseudo_labels(labels, logits, 0.6, 0.8, ignore_id=3)
+    merged = merge_pseudo_labels(labels, logits, by_confidence(0.6, 0.8), ignore_id=3)
     assert merged.flatten().tolist() == [1, 3, 0, 3, 2]
     assert merged.dtype == labels.dtype
 
@@ -29,14 +42,52 @@ def test_thresholds_of_zero_give_the_argmax_everywhere():
     torch.manual_seed(0)
     logits = torch.randn(2, 3, 4, 5)
     labels = torch.zeros(2, 1, 4, 5, dtype=torch.int16)
-    merged = merge_pseudo_labels(labels, logits, 0.0, 0.0, ignore_id=4)
+    merged = merge_pseudo_labels(labels, logits, by_confidence(0.0, 0.0), ignore_id=4)
     assert torch.equal(merged[:, 0].long(), logits.argmax(1))
 
 
 def test_labels_of_the_step_and_outside_are_never_overruled():
     labels = torch.tensor([-1, 2, 3]).reshape(1, 1, 1, 1, 3)
-    merged = merge_pseudo_labels(labels, logits_of([[0.0001, 0.9999]] * 3), 0.5, 0.5, ignore_id=3)
+    merged = merge_pseudo_labels(labels, logits_of([[0.0001, 0.9999]] * 3), by_confidence(0.5, 0.5), ignore_id=3)
     assert torch.equal(merged, labels)
+
+
+def test_only_organs_never_takes_background_over():
+    logits = logits_of([[0.1, 0.9], [0.45, 0.55], [0.99, 0.01]])
+    merged = merge_pseudo_labels(torch.zeros(1, 1, 1, 1, 3).long(), logits, only_organs(BELIEVED), ignore_id=3)
+    assert merged.flatten().tolist() == [1, 3, 3]
+
+
+def test_entropy_is_0_for_a_sure_and_1_for_a_uniform_prediction():
+    probabilities = torch.tensor([[1.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3], [0.5, 0.5, 0.0]]).T.reshape(1, 3, 3)
+    expected = torch.tensor([0.0, 1.0, np.log(2) / np.log(3)])
+    torch.testing.assert_close(normalised_entropy(probabilities)[0, 0], expected.float())
+
+
+def test_entropy_thresholds_are_medians_by_decision_over_the_background_labels():
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(1, 2, 4000)
+    labels = torch.zeros(1, 1, 4000, dtype=torch.long)
+    labels[..., 2000:] = 2  # new class: does not count
+    thresholds = median_entropies(entropy_histogram(labels, logits))
+    entropy = normalised_entropy(torch.softmax(logits, 1))[0, 0, :2000]
+    decision = logits.argmax(1)[0, :2000]
+    for c in range(2):
+        assert abs(float(entropy[decision == c].median() - thresholds[c])) <= 1 / ENTROPY_BINS
+    merged = merge_pseudo_labels(labels, logits, by_entropy(thresholds), ignore_id=3)[0, 0]
+    assert (merged[2000:] == 2).all()
+    for c in range(2):
+        accepted = (merged[:2000] == c).sum() / (decision == c).sum()
+        assert 0.4 < float(accepted) <= 0.5
+
+
+def test_entropy_thresholds_have_a_least_value():
+    """A teacher that is sure of everything would otherwise be believed nowhere."""
+    logits = torch.tensor([20.0, -20.0]).reshape(1, 2, 1).expand(1, 2, 50)
+    thresholds = median_entropies(entropy_histogram(torch.zeros(1, 1, 50).long(), logits))
+    torch.testing.assert_close(thresholds, torch.tensor([1e-3, 1e-3]))
+    merged = merge_pseudo_labels(torch.zeros(1, 1, 50).long(), logits, by_entropy(thresholds), ignore_id=3)
+    assert (merged == 0).all()
 
 
 class FakeDataset:
@@ -70,7 +121,7 @@ def teacher(image):
 
 def test_cache_gives_the_merged_case_with_its_locations(tmp_path, dataset):
     cache = PseudoLabelCache(tmp_path, KEY)
-    assert cache.fill(dataset, dataset.identifiers, teacher, (4, 4, 4), with_annotated=True) == 2
+    assert cache.fill(dataset, dataset.identifiers, teacher, BELIEVED, (4, 4, 4), with_annotated=True) == 2
     _, seg, previous, properties = PseudoLabelDataset(dataset, cache).load_case("b.c")
     seg = np.asarray(seg[:])
     assert previous is None
@@ -88,7 +139,7 @@ def test_cache_gives_the_merged_case_with_its_locations(tmp_path, dataset):
 
 
 def test_cache_is_made_once_a_label_file_teacher_and_setting(tmp_path, dataset):
-    fill = {"patch_size": (4, 4, 4), "with_annotated": False}
+    fill = {"accepts": BELIEVED, "patch_size": (4, 4, 4), "with_annotated": False}
     assert PseudoLabelCache(tmp_path, KEY).fill(dataset, ["a"], teacher, **fill) == 1
     assert PseudoLabelCache(tmp_path, KEY).fill(dataset, ["a"], teacher, **fill) == 0
     assert PseudoLabelCache(tmp_path, KEY | {"teacher": "other"}).fill(dataset, ["a"], teacher, **fill) == 1
@@ -98,7 +149,7 @@ def test_cache_is_made_once_a_label_file_teacher_and_setting(tmp_path, dataset):
 
 
 def test_interrupted_case_is_made_again(tmp_path, dataset):
-    fill = {"patch_size": (4, 4, 4), "with_annotated": False}
+    fill = {"accepts": BELIEVED, "patch_size": (4, 4, 4), "with_annotated": False}
     cache = PseudoLabelCache(tmp_path, KEY)
 
     def killed(image):
@@ -110,3 +161,11 @@ def test_interrupted_case_is_made_again(tmp_path, dataset):
     (cache.folder / "a_seg.b2nd").write_bytes(b"half")
     assert cache.fill(dataset, ["a"], teacher, **fill) == 1
     assert json.loads((cache.folder / "key.json").read_text()) == KEY
+
+
+def test_joined_datasets_keep_their_cases_apart(dataset):
+    other = FakeDataset({"a": (np.ones(1), np.full(1, 7))})
+    joined = JoinedDataset({"": dataset, "step1": other})
+    assert joined.identifiers == ["a", "b.c", "step1__a"]
+    assert joined.load_case("step1__a")[1][0] == 7
+    assert joined["a"][1] is dataset.cases["a"][1]

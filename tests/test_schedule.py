@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nnunet_cil.schedule import (
+    ABLATIONS,
     KEYS,
     METHOD_DEFAULTS,
     PlanOverride,
@@ -217,6 +218,17 @@ BAD = {
     "unknown training key": ({**BASE, "training": {"epoch": 1}}, "training: epoch: got an unknown key .*'epochs'"),
     "unknown plans key": ({**BASE, "plans": {"batchsize": 1}}, "plans: batchsize: got an unknown key .*'batch_size'"),
     "unknown method key": ({**BASE, "method": {"lamda_pgcd": 1}}, "method: lamda_pgcd: .*'lambda_pgcd'"),
+    "fusion": ({**BASE, "method": {"fusion": 1.5}}, "method: fusion: got 1.5, expected auto, a number from 0 to 1"),
+    "temperature": ({**BASE, "method": {"lwf_temperature": 0}}, "lwf_temperature: got 0, expected a number above 0"),
+    "tolerance": ({**BASE, "nsd_tolerance_mm": 0}, "nsd_tolerance_mm: got 0, expected a positive number"),
+    "variants as list": ({**BASE, "variants": ["a"]}, r"variants: got \['a'\], expected a mapping of names"),
+    "empty variant": ({**BASE, "variants": {"a": {}}}, "variants: a: got {}, expected a mapping of settings"),
+    "name of a variant": ({**BASE, "variants": {"a-b": {"eta": 0}}}, "variants: a-b: got 'a-b', expected lower-case"),
+    "unknown variant key": ({**BASE, "variants": {"a": {"lambda": 0}}}, "variants: a: lambda: got an unknown key"),
+    "variant without offline labels": (
+        {**BASE, "method": {"class_balance": True}, "variants": {"a": {"pseudo_labels": False}}},
+        "variants: a: class_balance: got true with pseudo_labels: off",
+    ),
     "unknown intensity key": (
         {
             **BASE,
@@ -526,3 +538,17 @@ def test_any_values_load_or_raise_schedule_error(raw, tmp_path, changes):
 def test_any_text_raises_schedule_error(tmp_path, text):
     with pytest.raises(ScheduleError):
         load(tmp_path, text)
+
+
+def test_variants_change_what_they_name(tmp_path, raw):
+    variants = {"strong": {"lambda_pgcd": 3}, "other": {"trainer": "nnUNetTrainerPLOP", "fusion": "auto"}}
+    schedule = load(tmp_path, {**BASE, "method": {"lambda_pgcd": 2}, "variants": variants})
+    assert schedule.variants == variants
+    assert schedule.method["lambda_pgcd"] == 2
+
+
+def test_every_ablation_changes_one_known_setting():
+    for name, changes in ABLATIONS.items():
+        assert len(changes) == 1, name
+        ((key, value),) = changes.items()
+        assert METHOD_DEFAULTS[key] != value

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
+from torch import nn
 
 from nnunet_cil.losses.distillation import fold_logits
-from nnunet_cil.teacher import grow_head
+from nnunet_cil.teacher import fuse_weights, grow_head
 
 COMMON = {
     "input_channels": 1,
@@ -74,3 +75,27 @@ def test_other_features_are_refused():
     )
     with pytest.raises(ValueError, match="only the rows"):
         grow_head(plain(2).state_dict(), wider.state_dict(), 2)
+
+
+def two_layers(n_out: int, seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv1d(1, 2, 1), nn.Conv1d(2, n_out, 1))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_fused_weights_lie_between_teacher_and_student(share):
+    teacher, student, before = two_layers(2, 0), two_layers(3, 1), two_layers(3, 1).state_dict()
+    fuse_weights(student, teacher.state_dict(), share)
+    for name, value in student.state_dict().items():
+        source = teacher.state_dict()[name]
+        torch.testing.assert_close(value[: len(source)], share * source + (1 - share) * before[name][: len(source)])
+        assert torch.equal(value[len(source) :], before[name][len(source) :]), "rows of new classes stay"
+
+
+def test_fusion_of_1_gives_the_teachers_outputs_and_of_0_the_students():
+    teacher, student, x = two_layers(2, 0), two_layers(3, 1), torch.randn(1, 1, 4)
+    before = student(x)
+    fuse_weights(student, teacher.state_dict(), 0.0)
+    assert torch.equal(student(x), before)
+    fuse_weights(student, teacher.state_dict(), 1.0)
+    torch.testing.assert_close(student(x)[:, :2], teacher(x))

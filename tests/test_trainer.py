@@ -164,8 +164,7 @@ def test_each_distillation_term_reaches_the_student(started):
     output = started.network(data + 0.1)[0]
     labels = torch.zeros(output.shape[0], *output.shape[2:], dtype=torch.long)
     labels[:, :4] = 1
-    taps = started._taps
-    terms = started.objective(output, logits, taps["student"].features, taps["teacher"].features, labels)
+    terms = started.objective(started._outputs("student", output), started._outputs("teacher", logits), labels)
     for name, term in terms.items():
         grads = torch.autograd.grad(term, list(started.network.parameters()), retain_graph=True, allow_unused=True)
         assert any(g is not None and g.abs().sum() > 0 for g in grads), name

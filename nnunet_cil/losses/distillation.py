@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import log_softmax
+from torch.nn.functional import log_softmax, mse_loss
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
@@ -52,3 +52,32 @@ def folded_distillation(
         log_q = log_softmax(teacher_logits, 1)
         log_p = log_softmax(fold_logits(at_least_float32(student_logits), teacher_logits.shape[1]), 1)
         return masked_mean((log_q.exp() * (log_q - log_p)).sum(1), mask)
+
+
+def plain_distillation(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0
+) -> torch.Tensor:
+    """Mean over voxels of KL(q || p) over the old outputs alone, both softened, times the squared temperature.
+
+    Source: Li and Hoiem, "Learning without Forgetting", ECCV 2016, eq. 2-4; the square keeps the size of the gradient
+    (Hinton et al., arXiv:1503.02531). The teacher's entropy, which has no gradient, makes 0 the smallest value.
+
+    Args:
+        student_logits: (B, K, *S), of which the first n_old take part.
+        teacher_logits: (B, n_old, *S); gets no gradient.
+        temperature: above 0.
+    """
+    with torch.autocast(student_logits.device.type, enabled=False):
+        n_old = teacher_logits.shape[1]
+        log_q = log_softmax(at_least_float32(teacher_logits).detach() / temperature, 1)
+        log_p = log_softmax(at_least_float32(student_logits[:, :n_old]) / temperature, 1)
+        return temperature**2 * (log_q.exp() * (log_q - log_p)).sum(1).mean()
+
+
+def feature_distillation(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Mean squared difference of two feature maps of one shape.
+
+    Source: Michieli and Zanuttigh, "Incremental Learning Techniques for Semantic Segmentation", ICCVW 2019, eq. 4.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        return mse_loss(at_least_float32(student), at_least_float32(teacher).detach())

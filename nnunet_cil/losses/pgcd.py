@@ -147,13 +147,19 @@ class PGCDLoss(nn.Module):
         n_old: background and old classes.
         w_max: largest weight of the spatial part.
         eta: weight of the channel part; 0 leaves it out.
+        spatial: whether the spatial part is there.
+        calibrated: whether prototypes weigh voxels and classes; else all weights are 1 (an ablation), and prototypes
+            only choose the channels that count.
     """
 
     balance: torch.Tensor | None
 
-    def __init__(self, n_old: int, w_max: float = 3.0, eta: float = 0.01) -> None:
+    def __init__(
+        self, n_old: int, w_max: float = 3.0, eta: float = 0.01, spatial: bool = True, calibrated: bool = True
+    ) -> None:
         super().__init__()
         self.n_old, self.w_max, self.eta = n_old, w_max, eta
+        self.spatial, self.calibrated = spatial, calibrated
         self.register_buffer("balance", None, persistent=False)
 
     def set_balance(self, balance: torch.Tensor | None) -> None:
@@ -186,26 +192,42 @@ class PGCDLoss(nn.Module):
             tau: temperature.
 
         Returns:
-            ``{"pgcd_spatial", "pgcd_channel"}``, the latter times eta, or left out if eta is 0.
+            ``{"pgcd_spatial", "pgcd_channel"}``, the latter times eta; less what the settings leave out.
         """
+        if not (self.spatial or self.eta):
+            return {}
         with torch.autocast(student_logits.device.type, enabled=False):
             z_t, f_t = (tensor.detach().flatten(2) for tensor in (teacher_logits, teacher_features))
             usable_prototypes = torch.where(usable[:, None], prototypes.detach(), 0.0)
             mask = ((labels < self.n_old) | (labels >= student_logits.shape[1])).flatten(1)
 
-            def terms(b: int, where: slice, z_s: torch.Tensor, *f_s: torch.Tensor) -> list:
+            def terms(b: int, where: slice, *inputs: torch.Tensor) -> list:
                 logits, features = (at_least_float32(t[b : b + 1, :, where]) for t in (z_t, f_t))
                 own, middle = usable_prototypes.to(features.dtype), centre.to(features.dtype)
                 similarities = similarity(features, own, middle)
                 assignment, weights = calibration_weights(similarities, usable, tau, self.w_max)
-                found = [pgcd_spatial(z_s, logits, weights, self.balance)]
-                if f_s:
+                if not self.calibrated:
+                    best = assignment.argmax(1, keepdim=True)
+                    assignment = torch.zeros_like(assignment).scatter_(1, best, 1.0)
+                    weights = torch.ones_like(weights)
+                found = []
+                if self.spatial:
+                    found.append(pgcd_spatial(inputs[0], logits, weights, self.balance))
+                if self.eta:
                     decision = None if self.balance is None else logits.argmax(1)
-                    found.append(pgcd_channel(f_s[0], features, assignment, own, middle, decision, self.balance))
-                counted = mask[b : b + 1, where].to(z_s.dtype)
+                    channel = pgcd_channel(inputs[-1], features, assignment, own, middle, decision, self.balance)
+                    found.append(channel)
+                counted = mask[b : b + 1, where].to(features.dtype)
                 return [((counted * values).sum(), gradient.mul_(counted[:, None])) for values, gradient in found]
 
-            inputs = (student_logits, student_features) if self.eta else (student_logits,)
+            named = {}
+            if self.spatial:
+                named["pgcd_spatial"] = (student_logits, 1.0)
+            if self.eta:
+                named["pgcd_channel"] = (student_features, self.eta)
             n_voxels = mask.sum().clamp_min(1)
-            means = [total / n_voxels for total in sums_over_chunks(terms, *inputs)]
-            return {"pgcd_spatial": means[0]} | ({"pgcd_channel": self.eta * means[1]} if self.eta else {})
+            totals = sums_over_chunks(terms, *(tensor for tensor, _ in named.values()))
+            return {
+                name: weight * total / n_voxels
+                for (name, (_, weight)), total in zip(named.items(), totals, strict=True)
+            }

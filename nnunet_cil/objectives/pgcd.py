@@ -60,7 +60,13 @@ class PGCD(Objective):
         self.register_buffer("centre", torch.from_numpy(prototypes.centre).float())
         self.register_buffer("tau", torch.tensor(float(prototypes.tau)))
         self.background = RunningBackground(means[0].clone(), momentum=settings["mu"])
-        self.pgcd = PGCDLoss(n_old, w_max=settings["w_max"], eta=settings["eta"])
+        self.pgcd = PGCDLoss(
+            n_old,
+            w_max=settings["w_max"],
+            eta=settings["eta"],
+            spatial=settings["pgcd_spatial"],
+            calibrated=settings["calibration"] == "prototypes",
+        )
         self.dapd = DAPDLoss(n_old, n_min=settings["n_min"])
         scale = math.sqrt(n_old / (n_classes - n_old)) if settings["scale_by_classes"] else 1.0
         self.lambda_pgcd = scale * settings["lambda_pgcd"]
@@ -71,17 +77,16 @@ class PGCD(Objective):
             weights = class_balance(counts[: self.n_old], self.settings["class_balance_max"])
             self.pgcd.set_balance(weights.to(self.means.device))
 
-    def forward(self, student_logits, teacher_logits, student_features, teacher_features, labels):
-        source = student_features if self.settings["background_features"] == "student" else teacher_features
-        self.background.update(source, labels)
+    def forward(self, student, teacher, labels):
+        features = (student.features[0], teacher.features[0])
+        self.background.update(features[self.settings["background_features"] == "teacher"], labels)
         prototypes = torch.cat([self.background.prototype[None], self.means[1:]])
         terms = {}
         if self.lambda_pgcd:
             calibrated = self.pgcd(
-                student_logits,
-                teacher_logits,
-                student_features,
-                teacher_features,
+                student.logits,
+                teacher.logits,
+                *features,
                 labels,
                 prototypes,
                 self.centre,
@@ -90,6 +95,6 @@ class PGCD(Objective):
             )
             terms |= {name: self.lambda_pgcd * value for name, value in calibrated.items()}
         if self.lambda_dapd:
-            aligned = self.dapd(student_features, teacher_features, labels, prototypes, self.usable, self.centre)
-            terms |= {name: self.lambda_dapd * value for name, value in aligned.items()}
+            aligned = self.dapd(*features, labels, prototypes, self.usable, self.centre)
+            terms |= {name: self.lambda_dapd * value for name, value in aligned.items() if self.settings[name]}
         return terms

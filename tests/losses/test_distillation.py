@@ -6,7 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import kl_div, log_softmax
 
-from nnunet_cil.losses.distillation import fold_logits, folded_distillation
+from nnunet_cil.losses.distillation import (
+    feature_distillation,
+    fold_logits,
+    folded_distillation,
+    plain_distillation,
+)
 
 
 def logits(n_classes: int, *spatial: int, batch: int = 2, seed: int = 0, dtype=torch.float32) -> torch.Tensor:
@@ -99,3 +104,37 @@ def test_never_negative_and_zero_where_both_agree(n_old, n_new, seed, scale):
     teacher = scale * logits(n_old, 7, seed=seed + 1, dtype=torch.float64)
     assert folded_distillation(student, teacher) >= -1e-12
     assert folded_distillation(student, fold_logits(student, n_old)).abs() < 1e-12
+
+
+def test_plain_distillation_by_hand_and_without_the_new_rows():
+    teacher = torch.log(torch.tensor([[0.8, 0.2]])).reshape(1, 2, 1)
+    student = torch.cat([torch.log(torch.tensor([[0.5, 0.5]])).reshape(1, 2, 1), torch.full((1, 1, 1), 9.0)], 1)
+    expected = 0.8 * math.log(0.8 / 0.5) + 0.2 * math.log(0.2 / 0.5)
+    assert float(plain_distillation(student, teacher)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_plain_distillation_with_a_temperature_softens_both():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 4, 5), torch.randn(2, 3, 5)
+    softened = plain_distillation(student / 2, teacher / 2)
+    torch.testing.assert_close(plain_distillation(student, teacher, 2.0), 4 * softened)
+
+
+def test_plain_distillation_gradient():
+    torch.manual_seed(0)
+    student = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda z: plain_distillation(z, teacher.detach(), 2.0), student)
+    plain_distillation(student, teacher).backward()
+    assert teacher.grad is None
+    assert student.grad[:, 3:].abs().sum() == 0, "LwF knows nothing of new classes"
+
+
+def test_feature_distillation_is_the_mean_squared_error_with_a_gradient_for_the_student():
+    student = torch.tensor([1.0, 3.0]).reshape(1, 2, 1).requires_grad_()
+    teacher = torch.tensor([0.0, 1.0]).reshape(1, 2, 1).requires_grad_()
+    loss = feature_distillation(student, teacher)
+    loss.backward()
+    assert loss.item() == pytest.approx(2.5)
+    assert student.grad.flatten().tolist() == [1.0, 2.0]
+    assert teacher.grad is None

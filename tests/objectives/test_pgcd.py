@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from nnunet_cil.objectives.finetune import Finetune
+from nnunet_cil.losses.distillation import folded_distillation
 from nnunet_cil.objectives.pgcd import PGCD, class_balance
 from nnunet_cil.prototypes import PrototypeStore
 from nnunet_cil.schedule import METHOD_DEFAULTS
-
-N_OLD, N_CLASSES, D = 3, 5, 4
+from tests.objectives.common import N_CLASSES, N_OLD, D, batch
 
 
 def store(means: np.ndarray | None = None) -> PrototypeStore:
@@ -22,24 +21,13 @@ def store(means: np.ndarray | None = None) -> PrototypeStore:
     return PrototypeStore(names, means, zeros + 5, zeros, centre, 0.2, zeros > 0, 1, "", "decoder.stages.1")
 
 
-def batch(seed: int = 0) -> dict[str, torch.Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    return {
-        "student_logits": torch.randn(2, N_CLASSES, 4, 5, generator=g),
-        "teacher_logits": torch.randn(2, N_OLD, 4, 5, generator=g),
-        "student_features": torch.randn(2, D, 4, 5, generator=g),
-        "teacher_features": torch.randn(2, D, 4, 5, generator=g),
-        "labels": torch.randint(0, N_CLASSES + 1, (2, 4, 5), generator=g),
-    }
-
-
 def objective(prototypes: PrototypeStore | None = None, **settings) -> PGCD:
     return PGCD(N_OLD, N_CLASSES, {**METHOD_DEFAULTS, "n_min": 1, **settings}, prototypes or store())
 
 
 def test_all_terms_have_their_weights():
-    plain = objective(lambda_pgcd=1.0, lambda_dapd=1.0, eta=1.0)(**batch())
-    weighted = objective(lambda_pgcd=2.0, lambda_dapd=0.5, eta=0.1)(**batch())
+    plain = objective(lambda_pgcd=1.0, lambda_dapd=1.0, eta=1.0)(*batch())
+    weighted = objective(lambda_pgcd=2.0, lambda_dapd=0.5, eta=0.1)(*batch())
     assert set(plain) == {"pgcd_spatial", "pgcd_channel", "dapd_global", "dapd_local"}
     factors = {"pgcd_spatial": 2, "pgcd_channel": 0.2, "dapd_global": 0.5, "dapd_local": 0.5}
     for name, factor in factors.items():
@@ -52,18 +40,39 @@ def test_all_terms_have_their_weights():
         ({"lambda_pgcd": 0.0, "lambda_dapd": 0.0}, set()),
         ({"lambda_dapd": 0.0}, {"pgcd_spatial", "pgcd_channel"}),
         ({"lambda_dapd": 0.0, "eta": 0.0}, {"pgcd_spatial"}),
+        ({"lambda_dapd": 0.0, "pgcd_spatial": False}, {"pgcd_channel"}),
+        ({"lambda_dapd": 0.0, "pgcd_spatial": False, "eta": 0.0}, set()),
         ({"lambda_pgcd": 0.0}, {"dapd_global", "dapd_local"}),
+        ({"lambda_pgcd": 0.0, "dapd_global": False}, {"dapd_local"}),
+        ({"lambda_pgcd": 0.0, "dapd_local": False}, {"dapd_global"}),
     ],
 )
 def test_a_weight_of_zero_leaves_the_term_out_and_the_others_alone(settings, left):
-    whole, part = objective()(**batch()), objective(**settings)(**batch())
+    whole, part = objective()(*batch()), objective(**settings)(*batch())
     assert set(part) == left
     for name in left:
         assert torch.equal(part[name], whole[name])
 
 
+def test_uniform_weights_are_folded_distillation_where_nothing_new_is_labelled():
+    student, teacher, labels = batch()
+    terms = objective(calibration="uniform", lambda_dapd=0.0)(student, teacher, labels)
+    kept = ~((labels >= N_OLD) & (labels < N_CLASSES))
+    torch.testing.assert_close(terms["pgcd_spatial"], folded_distillation(student.logits, teacher.logits, kept))
+    calibrated = objective(lambda_dapd=0.0)(student, teacher, labels)
+    assert not torch.allclose(terms["pgcd_spatial"], calibrated["pgcd_spatial"])
+    assert not torch.allclose(terms["pgcd_channel"], calibrated["pgcd_channel"])
+
+
+def test_a_momentum_of_one_keeps_the_background_prototype():
+    static = objective(mu=1.0)
+    before = static.background.prototype.clone()
+    static(*batch())
+    assert torch.equal(static.background.prototype, before)
+
+
 def test_scaling_by_classes():
-    plain, scaled = objective()(**batch()), objective(scale_by_classes=True)(**batch())
+    plain, scaled = objective()(*batch()), objective(scale_by_classes=True)(*batch())
     for name in plain:
         torch.testing.assert_close(scaled[name], math.sqrt(N_OLD / (N_CLASSES - N_OLD)) * plain[name])
 
@@ -72,26 +81,28 @@ def test_scaling_by_classes():
 def test_background_prototype_follows_the_chosen_features(source):
     chosen, data = objective(mu=0.9, background_features=source), batch()
     before = chosen.background.prototype.clone()
-    chosen(**data)
-    background = data[f"{source}_features"].movedim(1, -1)[data["labels"] == 0]
+    chosen(*data)
+    student, teacher, labels = data
+    features = (teacher if source == "teacher" else student).features[0]
+    background = features.movedim(1, -1)[labels == 0]
     torch.testing.assert_close(chosen.background.prototype, 0.9 * before + 0.1 * background.mean(0))
     assert torch.equal(chosen.means[0], before), "the stored one stays"
 
 
 def test_state_holds_the_background_and_is_restored():
     first = objective(mu=0.5)
-    first(**batch())
+    first(*batch())
     second = objective(mu=0.5)
     second.load_state_dict(first.state_dict())
-    ours, theirs = first(**batch(1)), second(**batch(1))
+    ours, theirs = first(*batch(1)), second(*batch(1))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert not torch.equal(ours["dapd_global"], objective(mu=0.5)(**batch(1))["dapd_global"])
+    assert not torch.equal(ours["dapd_global"], objective(mu=0.5)(*batch(1))["dapd_global"])
 
 
 def test_a_class_without_prototype_gives_finite_terms():
     means = store().means.copy()
     means[2] = np.nan
-    assert all(torch.isfinite(term) for term in objective(store(means))(**batch()).values())
+    assert all(torch.isfinite(term) for term in objective(store(means))(*batch()).values())
 
 
 @pytest.mark.parametrize("prototypes", [None, "too many"])
@@ -125,10 +136,3 @@ def test_balance_is_taken_from_the_counts_of_the_old_classes_only_where_asked_fo
 def test_balance_needs_labels_that_are_counted_once():
     with pytest.raises(ValueError, match="class_balance: got pseudo_labels 'online', expected 'offline'"):
         objective(class_balance=True, pseudo_labels="online")
-
-
-def test_finetune_adds_nothing():
-    finetune = Finetune(N_OLD, N_CLASSES, METHOD_DEFAULTS, None)
-    assert finetune(**batch()) == {}
-    assert not finetune.uses_teacher
-    assert not finetune.uses_pseudo_labels

@@ -1,0 +1,80 @@
+"""Local pooled outputs distillation (local POD) of PLOP, carried over to volumes.
+
+Source: Douillard et al., "PLOP: Learning without Forgetting for Continual Semantic Segmentation", CVPR 2021, eq. 3-6.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch.nn.functional import normalize
+
+from nnunet_cil.losses.distillation import at_least_float32
+
+SCALES = (1, 2, 4)
+
+
+def strips(features: torch.Tensor, axis: int, parts: int) -> torch.Tensor:
+    """Mean over each of ``parts`` stretches of one spatial axis; every voxel is in one stretch.
+
+    The paper cuts an image into windows and averages each window's rows and columns. As the other axes are not pooled,
+    the strips of all windows are those of the whole axis cut into as many stretches; sizes differ by at most one voxel.
+
+    Args:
+        features: (B, D, *S).
+        axis: 0 for the first spatial axis.
+        parts: at most as many as the axis has voxels.
+
+    Returns:
+        (B, D, *S), but ``parts`` along ``axis``.
+    """
+    size = features.shape[axis + 2]
+    if size % parts == 0:
+        return features.unflatten(axis + 2, (parts, size // parts)).mean(axis + 3)
+    bounds = [round(i * size / parts) for i in range(parts + 1)]
+    sizes = [end - start for start, end in pairwise(bounds)]
+    return torch.cat([piece.mean(axis + 2, keepdim=True) for piece in features.split(sizes, axis + 2)], axis + 2)
+
+
+def local_pod_embedding(features: torch.Tensor, scales: Sequence[int] = SCALES) -> torch.Tensor:
+    """All strips along all spatial axes at all scales, as one unit vector an image (eq. 5 and 6).
+
+    Features are squared first and the vector is normalised, as in the authors' published code. A scale that an axis is
+    too short for is left out on that axis. A map of zeros gives the zero vector.
+
+    Args:
+        features: (B, D, *S) with two or three spatial axes.
+        scales: numbers of stretches along an axis.
+
+    Returns:
+        (B, E) in float32 or better.
+    """
+    squared = at_least_float32(features).square()
+    axes = range(features.ndim - 2)
+    pooled = [
+        strips(squared, axis, parts).flatten(1) for parts in scales for axis in axes if squared.shape[axis + 2] >= parts
+    ]
+    return normalize(torch.cat(pooled, 1), dim=1)
+
+
+def local_pod(student: torch.Tensor, teacher: torch.Tensor, scales: Sequence[int] = SCALES) -> torch.Tensor:
+    """Euclidean distance of the two embeddings, mean over the batch; between 0 and 2.
+
+    Args:
+        student: (B, D, *S).
+        teacher: the same of the teacher; gets no gradient.
+        scales: numbers of stretches along an axis.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        difference = local_pod_embedding(student, scales) - local_pod_embedding(teacher.detach(), scales)
+        squares = difference.square().sum(1)
+        # the derivative of a root at 0 is infinite; student and teacher are equal in the first iteration
+        return torch.where(squares > 0, squares.clamp_min(1e-12).sqrt(), 0.0).mean()
+
+
+def with_new_summed_into_background(logits: torch.Tensor, n_old: int) -> torch.Tensor:
+    """(B, n_old, *S) from (B, K, *S): the new classes' logits are added to background's, as in the authors' code."""
+    background = logits[:, :1] + logits[:, n_old:].sum(1, keepdim=True)
+    return torch.cat([background, logits[:, 1:n_old]], 1)

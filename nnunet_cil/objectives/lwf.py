@@ -1,0 +1,39 @@
+"""LwF (Li and Hoiem, ECCV 2016) and ILT (Michieli and Zanuttigh, ICCV Workshops 2019)."""
+
+from __future__ import annotations
+
+from nnunet_cil.features import encoder_stages
+from nnunet_cil.losses.distillation import feature_distillation, plain_distillation
+from nnunet_cil.objectives.base import Objective
+
+
+class LwF(Objective):
+    """Distillation of the old outputs (eq. 2 to 4, temperature 2) beside nnU-Net's loss on the step's own labels.
+
+    Differs from the paper: voxels instead of images; the shared head initialisation; no warm-up of the new rows alone.
+    """
+
+    uses_pseudo_labels = False
+
+    def forward(self, student, teacher, labels):
+        loss = plain_distillation(student.logits, teacher.logits, self.settings["lwf_temperature"])
+        return {"distillation": self.settings["lambda_lwf"] * loss}
+
+
+class ILT(LwF):
+    """LwF's term at temperature 1 (L'_D, eq. 2) and the squared error of the encoder's last features (L''_D, eq. 4).
+
+    Differs from the paper: the encoder is nnU-Net's; its features count by a setting of their own.
+    """
+
+    @staticmethod
+    def feature_paths(network):
+        return (encoder_stages(network)[-1],)
+
+    def forward(self, student, teacher, labels):
+        outputs = plain_distillation(student.logits, teacher.logits, 1.0)
+        features = feature_distillation(student.features[0], teacher.features[0])
+        return {
+            "distillation": self.settings["lambda_lwf"] * outputs,
+            "features": self.settings["lambda_ilt"] * features,
+        }

@@ -1,0 +1,127 @@
+"""Each compared method trains a step of the tiny chain, and ends where its definition says."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from nnunet_cil.chain import Chain
+from nnunet_cil.objectives.plop import PLOP
+from tests.test_trainer import fold_of, make_chain, module_patch, train, trainer_of  # noqa: F401  (a fixture)
+
+METHODS = {
+    "pseudo": set(),
+    "pseudo_kd": {"distillation"},
+    "lwf": {"distillation"},
+    "ilt": {"distillation", "features"},
+    "mib": {"distillation"},
+    "plop": {"pod", "pod_logits"},
+    "ewf": set(),
+    "ewc": {"ewc"},
+    "replay": set(),
+}
+VARIANTS = {
+    "ewf_0": "{trainer: nnUNetTrainerEWF, fusion: 0}",
+    "ewf_1": "{trainer: nnUNetTrainerEWF, fusion: 1}",
+    "ewc_0": "{trainer: nnUNetTrainerEWC, lambda_ewc: 0}",
+    "plop_online": "{trainer: nnUNetTrainerPLOP, pseudo_labels: online}",
+    "fused": "{trainer: nnUNetTrainerPGCD, fusion: auto}",
+}
+EXTRA = "variants: {" + ", ".join(f"{name}: {changes}" for name, changes in VARIANTS.items()) + "}"
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory, module_patch) -> Chain:  # noqa: F811
+    """Step 1 is trained."""
+    methods = ("pgcd", "finetune", "pgcd-no_channel", *METHODS, *VARIANTS)
+    chain = make_chain(tmp_path_factory.mktemp("baselines"), module_patch, methods, extra=EXTRA)
+    train(chain, 1)
+    return chain
+
+
+def weights_of(chain: Chain, step: int, method: str) -> dict[str, torch.Tensor]:
+    return torch.load(fold_of(chain, step, method) / "checkpoint_final.pth", weights_only=False)["network_weights"]
+
+
+def log_of(chain: Chain, method: str) -> str:
+    return next(fold_of(chain, 2, method).glob("training_log_*.txt")).read_text()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_whole_step_with_the_methods_terms(chain, method):
+    train(chain, 2, method)
+    checkpoint = torch.load(fold_of(chain, 2, method) / "checkpoint_final.pth", weights_only=False)
+    logged = {key.removeprefix("loss_") for key in checkpoint["logging"] if key.startswith("loss_")}
+    assert logged == METHODS[method] | {"segmentation"}
+    assert checkpoint["network_weights"]["decoder.seg_layers.0.weight"].shape[0] == 3
+    assert (fold_of(chain, 2, method) / "prototypes.npz").is_file()
+
+
+def test_ewf_between_finetuning_and_the_teacher(chain):
+    for method in ("finetune", "ewf_0", "ewf_1"):
+        train(chain, 2, method)
+    finetuned, teacher = weights_of(chain, 2, "finetune"), weights_of(chain, 1, "pgcd")
+    assert all(torch.equal(value, finetuned[name]) for name, value in weights_of(chain, 2, "ewf_0").items())
+    for name, value in weights_of(chain, 2, "ewf_1").items():
+        assert torch.equal(value[: len(teacher[name])], teacher[name])
+    assert "0.293 of the teacher's" in log_of(chain, "ewf"), "1 - sqrt(1/2)"
+
+
+def test_ewc_of_weight_0_is_finetuning_bit_for_bit(chain):
+    train(chain, 2, "ewc_0")
+    if not (fold_of(chain, 2, "finetune") / "checkpoint_final.pth").is_file():
+        train(chain, 2, "finetune")
+    finetuned = weights_of(chain, 2, "finetune")
+    assert all(torch.equal(value, finetuned[name]) for name, value in weights_of(chain, 2, "ewc_0").items())
+
+
+def test_fusion_combines_with_any_method(chain):
+    train(chain, 2, "fused")
+    assert "Weights fused" in log_of(chain, "fused")
+
+
+def test_replay_trains_on_kept_cases_without_their_background(chain):
+    trainer = trainer_of(chain, 2, "replay")
+    trainer.on_train_start()
+    data = trainer.dataloader_train.data_loader._data
+    kept = [case for case in data.identifiers if case.startswith("step1__")]
+    assert len(kept) == 4
+    assert len(data.identifiers) == 5 + 4
+    _, seg, _, properties = data.load_case(kept[0])
+    values = set(torch.from_numpy(seg[:].astype(int)).unique().tolist())
+    assert 1 in values, "the labels of step 1"
+    assert values <= {-1, 1, 3}, "and what is background there is ignored, as the new organ is in it unlabelled"
+    assert 1 in properties["class_locations"]
+    listing = json.loads((fold_of(chain, 2, "replay") / "replay.json").read_text())
+    assert listing["bytes"] > 0
+    assert listing["cases"] == {"step1": [case.removeprefix("step1__") for case in kept]}
+
+
+def test_mib_trains_on_bare_labels_and_plop_on_its_own_pseudo_labels(chain):
+    for method, rule in (("mib", None), ("plop", PLOP.pseudo_label_rule)):
+        trainer = trainer_of(chain, 2, method)
+        trainer.on_train_start()
+        seg = trainer.dataloader_train.data_loader._data.load_case("case_0")[1][:]
+        assert (3 in seg) == (rule is not None), "ignored voxels"
+        key = json.loads((trainer._cache.folder / "key.json").read_text())
+        assert ("entropy" in key) == (rule is not None)
+        assert ("tau_old" in key) == (rule is None)
+
+
+def test_mib_loss_keeps_dice_and_folds_every_resolution(chain):
+    trainer = trainer_of(chain, 2, "mib")
+    trainer.on_train_start()
+    batch = next(trainer.dataloader_train)
+    output = trainer.network(batch["data"])
+    folded = [trainer.objective.segmentation(o, t) for o, t in zip(output, batch["target"], strict=True)]
+    assert all(o.shape[1] == 2 for o, _ in folded)
+    expected = trainer.loss([o for o, _ in folded], [t for _, t in folded])
+    torch.testing.assert_close(trainer._segmentation_loss(output, batch["target"]), expected)
+
+
+def test_entropy_rule_needs_offline_pseudo_labels(chain):
+    with pytest.raises(ValueError, match="PLOP: got pseudo_labels 'online', expected 'offline'"):
+        trainer_of(chain, 2, "plop_online").on_train_start()
+    assert not (fold_of(chain, 2, "plop_online") / "checkpoint_final.pth").exists()

@@ -1,0 +1,6 @@
+from nnunet_cil.objectives.lwf import LwF
+from nnunet_cil.trainer import IncrementalTrainer
+
+
+class nnUNetTrainerLwF(IncrementalTrainer):
+    objective_class = LwF
