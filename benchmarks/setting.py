@@ -183,8 +183,20 @@ def incremental_trainer(
     trainer_class = recursive_find_trainer_class_by_name(names[method])
     trainer = _trainer(trainer_class, plans, dataset_json(n_classes), device)
     trainer._load_teacher()
-    trainer._build_objective(None)
+    trainer._build_objective(_OneCase(network))
     return trainer
+
+
+class _OneCase:
+    """In place of nnU-Net's dataset, for what a method does before its first iteration."""
+
+    identifiers = ("noise",)
+
+    def __init__(self, network: Network) -> None:
+        self._image = np.random.default_rng(0).normal(size=(1, *network.patch_size)).astype(np.float32)
+
+    def load_case(self, identifier: str) -> tuple[np.ndarray]:
+        return (self._image,)
 
 
 def batch_of(network: Network, n_classes: int, device: torch.device) -> dict[str, Any]:

@@ -63,6 +63,9 @@ def test_derived_files_equal_nnunets_own(nnunet_folders, tmp_path, monkeypatch, 
                 assert ours_case[i].dtype == theirs_case[i].dtype
                 np.testing.assert_array_equal(ours_case[i][:], theirs_case[i][:])
             assert_equal(ours_case[3], theirs_case[3])
+            stored = [v.dtype for v in ours_case[3]["class_locations"].values() if isinstance(v, np.ndarray)]
+            assert stored
+            assert all(dtype == (np.int64 if step == 1 else np.int16) for dtype in stored)
             assert -1 in ours_case[1][:], "the case shows nothing if no voxel lies outside"
             assert (ours.parent / "gt_segmentations" / label.name).read_bytes() == label.read_bytes()
         assert len(list(ours.glob("*.pkl"))) == len(list((ours.parent / "gt_segmentations").iterdir())) == 2
