@@ -15,18 +15,20 @@ from time import monotonic
 import torch
 
 from nnunet_cil import nnunet_api
-from nnunet_cil.chain import JOINT, Chain, Variant, write_json
+from nnunet_cil.chain import JOINT, Chain, Variant, method_of, write_json
 from nnunet_cil.dataset import block_of, prepare_chain, write_test_set
 from nnunet_cil.environment import trainer_path_variable
-from nnunet_cil.evaluate import collect_scores, evaluate_model, learned_at
+from nnunet_cil.evaluate import collect_scores, evaluate_model, learned_at, subject_scores, write_matrices
 from nnunet_cil.parallel import worker_count
 from nnunet_cil.precision import amp_dtype
 from nnunet_cil.report.figures import plot_mean_dice
+from nnunet_cil.report.paired import paired_table
 from nnunet_cil.report.table import score_table
-from nnunet_cil.schedule import Schedule
+from nnunet_cil.schedule import ABLATIONS, Schedule
 
 logger = logging.getLogger(__name__)
 
+COMPARED = ("pgcd", "pseudo_kd", "pseudo", "plop", "mib", "ilt", "lwf", "ewf", "ewc", "finetune")
 FEW_CORES = 4
 WORKERS_VARIABLE = "nnUNet_n_proc_DA"
 
@@ -36,6 +38,18 @@ def variants_of(chain: Chain, methods: Sequence[str], seeds: Sequence[int | None
     methods = list(dict.fromkeys(methods)) or [chain.default_method]
     seeds = list(dict.fromkeys(seeds)) or [chain.schedule.training.seed]
     return [chain.variant(method, seed) for seed in seeds for method in methods]
+
+
+def compared_methods(schedule: Schedule) -> list[str]:
+    """The chain's own method, the others that keep no scans, and the upper bound where the data allow one."""
+    joint = [JOINT] if schedule.source is not None else []
+    return list(dict.fromkeys([method_of(schedule.trainer), *COMPARED, *joint]))
+
+
+def ablated_methods(schedule: Schedule) -> list[str]:
+    """The chain's own method, whole and with one part left out at a time."""
+    own = method_of(schedule.trainer)
+    return [own, *(f"{own}-{name}" for name in ABLATIONS)]
 
 
 def prepare(schedule: Schedule, methods: Sequence[str], seeds: Sequence[int | None]) -> list[str]:
@@ -76,17 +90,22 @@ def run(schedule: Schedule, methods: Sequence[str], seeds: Sequence[int | None])
 
 
 def report(chain: Chain, variants: Sequence[Variant]) -> str:
-    """Write scores.json, the table and the figure of what is scored so far; returns the table."""
+    """Write scores.json, the matrices, the table and the figure of what is scored so far; returns the table."""
     if not chain.schedule.test:
         return "The schedule names no test set: nothing to score."
     content, rows = collect_scores(chain, list(variants))
     write_json(chain.folder / "scores.json", content)
     if not rows:
         return "Nothing is scored yet."
-    table = score_table(rows, list(chain.schedule.classes), learned_at(chain))
+    classes, at = list(chain.schedule.classes), learned_at(chain)
+    table = score_table(rows, classes, at)
+    scores = subject_scores(chain, variants)
+    if len(scores) > 1 and chain.default_method in scores:
+        table += "\n" + paired_table(scores, chain.default_method, classes, at)
+    write_matrices(chain, content)
     (chain.folder / "table.txt").write_text(table + "\n")
     (chain.folder / "figures").mkdir(exist_ok=True)
-    plot_mean_dice(rows, learned_at(chain), chain.folder / "figures" / "mean_dice.png")
+    plot_mean_dice(rows, at, chain.folder / "figures" / "mean_dice.png")
     return table
 
 

@@ -1,26 +1,48 @@
-"""Predict the test subjects with a step's model and score them: nnU-Net's predictor, nnU-Net's metrics."""
+"""Predict the test subjects with a step's model and score them: nnU-Net's predictor and Dice, MONAI's HD95 and NSD."""
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
+import os
 import warnings
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from nnunet_cil import nnunet_api
 from nnunet_cil.chain import JOINT, Chain, Variant, write_json
 from nnunet_cil.labels import cumulative_labels
-from nnunet_cil.metrics import summary
+from nnunet_cil.metrics import NO_FORWARD_TRANSFER, final_means, gap_to_joint, plasticity_gap, summary
 from nnunet_cil.parallel import over_cases
-from nnunet_cil.report.table import Row
-from nnunet_cil.teacher import sha256_of
+from nnunet_cil.report.paired import Scores, paired_differences
+from nnunet_cil.report.table import FinalScores, Row
+from nnunet_cil.surface_scores import ABSENCES, absence
+from nnunet_cil.teacher import PROTOTYPE_FILE, sha256_of
 
 logger = logging.getLogger(__name__)
 
 TYPICAL_COMPRESSION = 50  # of a label file
+SCORES = ("dice", "nsd", "hd95_mm")
+HIGHER_IS_BETTER = ("dice", "nsd")
+REPLAY_FILE = "replay.json"
+UNITS = {
+    "dice, nsd": "mean over test subjects, 0..1",
+    "hd95_mm": "mm, mean over the test subjects in which reference and prediction both have the class",
+    "summary_hd95_mm": "means over the classes that have a distance; compare them only where as much is absent",
+    "matrices": "a row a step, a column a class; null: not learned, labelled or evaluated, or absent in all subjects",
+    "absent": "test subjects without HD95: both_empty (no score at all), missed and invented (Dice and NSD are 0)",
+    "gap_to_joint, plasticity_gap": "joint minus this method, same seed and fold, over the classes that both have",
+    "bytes_kept": "what a step can read of earlier steps' data, whether its method does or not; null: joint has it all",
+    "never_trained_on": "true: no step draws from this set's dataset; null: the set is two folders of unknown origin",
+}
 
 
 def learned_at(chain: Chain) -> np.ndarray:
@@ -39,21 +61,31 @@ def _name(step: int | str) -> str:
 
 
 def evaluate_model(chain: Chain, variant: Variant, step: int | str, fold: int | str, device: Any) -> dict[str, Any]:
-    """Dice of each test subject and learned class for one model; what exists for checkpoint and test set is kept.
+    """Scores of each test subject and learned class for one model.
+
+    What exists for checkpoint, test set and tolerance is kept; predictions that exist are kept also where it is not.
 
     Returns:
-        ``{"checkpoint_sha256", "test_sha256", "dice": {case: {class: 0..1 or null}}, ...}``; null where reference and
-        prediction are both empty. A class that the test set does not label is left out.
+        ``{"checkpoint_sha256", "test_sha256", "nsd_tolerance_mm", "method", "seed", "step", "fold", "parameters",
+        "scores": {case: {class: {"dice": 0..1, "hd95_mm": 0 or more, "nsd": 0..1}}}, "absent": {case: {class: why}}}``.
+        A score that does not exist is null and named in ``absent``, see ``surface_scores.absence``. A class that the
+        test set does not label is left out.
+
+    Raises:
+        ValueError: the model is truncated.
     """
     path = evaluation_file(chain, variant, step, fold)
     model = chain.model_folder(variant, step)
+    checkpoint = model / f"fold_{fold}" / "checkpoint_final.pth"
+    tolerance_mm = chain.schedule.nsd_tolerance_mm
     key = {
-        "checkpoint_sha256": sha256_of(model / f"fold_{fold}" / "checkpoint_final.pth"),
+        "checkpoint_sha256": sha256_of(checkpoint),
         "test_sha256": sha256_of(chain.folder / "test" / "test.json"),
+        "nsd_tolerance_mm": tolerance_mm,
     }
     if path.is_file() and (known := json.loads(path.read_text())).items() >= key.items():
         return known
-    test = json.loads((chain.folder / "test" / "test.json").read_text())
+    test = _test_set(chain)
     ending = test["file_ending"]
     images = nnunet_api.image_lists(chain.folder / "test" / "images", ending)
     predictions = path.parent / f"{key['checkpoint_sha256'][:16]}_{key['test_sha256'][:16]}"
@@ -69,26 +101,61 @@ def evaluate_model(chain: Chain, variant: Variant, step: int | str, fold: int | 
     }
     references = {case: chain.folder / "test" / "labels" / f"{case}{ending}" for case in scored}
     todo = [
-        (references[case], predictions / f"{case}{ending}", test, list(values.values()), test["ignore"])
+        (references[case], predictions / f"{case}{ending}", test, list(values.values()), test["ignore"], tolerance_mm)
         for case, values in scored.items()
     ]
     n_bytes = TYPICAL_COMPRESSION * sum(file.stat().st_size for file in references.values())
-    metrics = over_cases(nnunet_api.case_metrics, todo, n_bytes, "scoring")
-    dice = {
-        case: {name: _number(found[value]["Dice"]) for name, value in values.items()}
-        for (case, values), found in zip(scored.items(), metrics, strict=True)
+    metrics = dict(zip(scored, over_cases(nnunet_api.case_metrics, todo, n_bytes, "scoring"), strict=True))
+    content = {
+        **key,
+        "method": variant.method,
+        "seed": variant.seed,
+        "step": step,
+        "fold": fold,
+        "parameters": count_parameters(checkpoint),
+        "scores": {
+            case: {name: _scores_of(metrics[case][value]) for name, value in values.items()}
+            for case, values in scored.items()
+        },
+        "absent": {
+            case: {name: why for name, value in values.items() if (why := _absence_of(metrics[case][value]))}
+            for case, values in scored.items()
+        },
     }
-    content = {**key, "method": variant.method, "seed": variant.seed, "step": step, "dice": dice}
     write_json(path, content)
     return content
 
 
+def _scores_of(found: Mapping[str, float]) -> dict[str, float | None]:
+    return _nullable({"dice": found["Dice"], "hd95_mm": found["hd95_mm"], "nsd": found["nsd"]})
+
+
+def _absence_of(found: Mapping[str, float]) -> str | None:
+    return absence(int(found["n_ref"]), int(found["n_pred"]))
+
+
+def count_parameters(checkpoint: Path) -> int:
+    """Numbers in a checkpoint's network weights, a tensor that stands under several names once.
+
+    Raises:
+        ValueError: no checkpoint of nnU-Net.
+    """
+    try:
+        weights = torch.load(checkpoint, map_location="cpu", weights_only=False, mmap=True)["network_weights"]
+    except nnunet_api.UNREADABLE as error:
+        raise ValueError(
+            f"{checkpoint}: got an unreadable model ({type(error).__name__}: {error}), expected one of nnU-Net. Remove "
+            "its folder and train the step again."
+        ) from error
+    return sum({(tensor.data_ptr(), tensor.shape): tensor.numel() for tensor in weights.values()}.values())
+
+
+def _test_set(chain: Chain) -> dict[str, Any]:
+    return json.loads((chain.folder / "test" / "test.json").read_text())
+
+
 def _say(line: str) -> None:
     logger.info("  %s", line)
-
-
-def _number(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)
 
 
 def predict_line(chain: Chain, variant: Variant, step: int | str, fold: int | str) -> str:
@@ -104,80 +171,300 @@ def predict_line(chain: Chain, variant: Variant, step: int | str, fold: int | st
     )
 
 
-def score_matrix(chain: Chain, variant: Variant, fold: int | str) -> np.ndarray:
-    """(T, K) mean Dice over test subjects; NaN where a class is not learned yet, not labelled, or not evaluated yet.
+def score_matrix(chain: Chain, variant: Variant, fold: int | str, score: str = "dice") -> NDArray[np.float64]:
+    """(T, K) mean of a score over test subjects; NaN where a class is not learned yet, not labelled, or not evaluated.
 
-    Joint has one model, of all classes: only its last row is filled.
+    Joint has one model, of all classes: only its last row is filled. A model that was scored at another tolerance, or
+    before there were surface scores, counts as not evaluated.
+
+    Args:
+        score: ``dice``, ``nsd`` or ``hd95_mm``, in that unit; a subject without this score takes no part in the mean.
+
+    Raises:
+        ValueError: another score.
     """
-    at = learned_at(chain)
-    matrix = np.full((chain.n_steps, len(at)), np.nan)
-    rows: list[tuple[int, int | str]] = [(t, t + 1) for t in range(chain.n_steps)]
-    if variant.method == JOINT:
-        rows = [(chain.n_steps - 1, JOINT)]
-    for row, step in rows:
+    if score not in SCORES:
+        raise ValueError(f"score: got {score!r}, expected one of {', '.join(SCORES)}.")
+    return _matrix(chain, _evaluations(chain, variant, fold), score)
+
+
+def _steps(chain: Chain, variant: Variant) -> dict[int, int | str]:
+    """Row of the matrix -> step of the model whose scores stand there."""
+    return {chain.n_steps - 1: JOINT} if variant.method == JOINT else {t: t + 1 for t in range(chain.n_steps)}
+
+
+def _evaluations(chain: Chain, variant: Variant, fold: int | str) -> dict[int, dict[str, Any]]:
+    """Row of the matrix -> what ``evaluate_model`` stored."""
+    found = {}
+    for row, step in _steps(chain, variant).items():
         path = evaluation_file(chain, variant, step, fold)
-        if not path.is_file():
-            continue
-        dice = json.loads(path.read_text())["dice"]
-        for column, name in enumerate(chain.schedule.classes):
-            values = [case[name] for case in dice.values() if case.get(name) is not None]
-            if values and (step == JOINT or at[column] <= row + 1):
+        content = json.loads(path.read_text()) if path.is_file() else {}
+        if content.get("nsd_tolerance_mm") == chain.schedule.nsd_tolerance_mm:
+            found[row] = content
+    return found
+
+
+def _learned(chain: Chain, row: int) -> list[tuple[int, str]]:
+    """Column and name of the classes that a row can have."""
+    return list(enumerate(chain.schedule.classes_until(row + 1)))
+
+
+def _matrix(
+    chain: Chain, evaluations: Mapping[int, Mapping[str, Any]], score: str, cases: Collection[str] | None = None
+) -> NDArray[np.float64]:
+    matrix = np.full((chain.n_steps, len(chain.schedule.classes)), np.nan)
+    for row, content in evaluations.items():
+        for column, name in _learned(chain, row):
+            values = [
+                classes[name][score]
+                for case, classes in content["scores"].items()
+                if (cases is None or case in cases) and name in classes and classes[name][score] is not None
+            ]
+            if values:
                 matrix[row, column] = float(np.mean(values))
     return matrix
 
 
-def collect_scores(chain: Chain, variants: list[Variant]) -> tuple[dict[str, Any], list[Row]]:
-    """All scores of a chain as JSON-able dict and as table rows, one a method: the mean over its seeds and folds."""
-    at = learned_at(chain)
-    content: dict[str, Any] = {
-        "chain": chain.schedule.name,
-        "classes": list(chain.schedule.classes),
-        "learned_at": at.tolist(),
-        "metric": "Dice, mean over test subjects, 0..1; null: not learned, not labelled or not evaluated",
-        "n_test_subjects": _n_test(chain),
-        "runs": [],
+def _counts(chain: Chain, evaluations: Mapping[int, Mapping[str, Any]]) -> dict[str, list[list[int | None]]]:
+    """Matrices (T, K): test subjects that label a class, and those of them without HD95, by kind; None as in UNITS."""
+    n_classes = len(chain.schedule.classes)
+    counts: dict[str, list[list[int | None]]] = {
+        kind: [[None] * n_classes for _ in range(chain.n_steps)] for kind in ("subjects", *ABSENCES)
     }
-    by_method: dict[str, list[np.ndarray]] = {}
+    for row, content in evaluations.items():
+        for column, name in _learned(chain, row):
+            why = [content["absent"][case].get(name) for case, classes in content["scores"].items() if name in classes]
+            for kind in ABSENCES:
+                counts[kind][row][column] = why.count(kind)
+            counts["subjects"][row][column] = len(why)
+    return counts
+
+
+def subject_scores(chain: Chain, variants: Sequence[Variant], score: str = "dice") -> Scores:
+    """A score of every test subject after the last step: ``{method: {(seed, fold): {case: {class: value or None}}}}``.
+
+    What is not evaluated is left out. Input of ``report.paired``.
+    """
+    found: dict[str, dict[Any, Any]] = defaultdict(dict)
     for variant in variants:
         for fold in chain.schedule.folds:
-            matrix = score_matrix(chain, variant, fold)
-            if np.isnan(matrix).all():
-                continue
-            by_method.setdefault(variant.method, []).append(matrix)
-            content["runs"].append(
-                {
-                    "method": variant.method,
-                    "seed": variant.seed,
-                    "fold": fold,
-                    "dice": _nullable(matrix),
-                    "summary": {key: _nullable(value) for key, value in summary(matrix, at).items()},
-                    "cost": _costs(chain, variant, fold),
+            if last := _evaluations(chain, variant, fold).get(chain.n_steps - 1):
+                found[variant.method][variant.seed, fold] = {
+                    case: {name: values[score] for name, values in classes.items()}
+                    for case, classes in last["scores"].items()
                 }
-            )
-    rows = []
-    for method, matrices in by_method.items():
-        stacked = np.stack(matrices)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # a cell that no seed has yet
-            mean, std = np.nanmean(stacked, 0), np.nanstd(stacked, 0, ddof=1) if len(matrices) > 1 else None
-        rows.append(Row(method=method, R=mean, seeds=len(matrices), R_std=std))
-    return content, rows
+    return dict(found)
 
 
-def _n_test(chain: Chain) -> int:
-    path = chain.folder / "test" / "test.json"
-    return len(json.loads(path.read_text())["cases"]) if path.is_file() else 0
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """A method with a seed and a fold: what is stored of its models, and what follows from that, by score or kind."""
+
+    variant: Variant
+    fold: int | str
+    evaluations: Mapping[int, Mapping[str, Any]]
+    matrices: Mapping[str, NDArray[np.float64]]
+    counts: Mapping[str, list[list[int | None]]]
 
 
-def _costs(chain: Chain, variant: Variant, fold: int | str) -> dict[str, Any]:
-    steps: list[int | str] = [JOINT] if variant.method == JOINT else [*range(1, chain.n_steps + 1)]
-    found = {_name(step): chain.model_folder(variant, step) / f"fold_{fold}" / "cost.json" for step in steps}
+def collect_scores(chain: Chain, variants: list[Variant]) -> tuple[dict[str, Any], list[Row]]:
+    """All scores of a chain as JSON-able dict and as table rows, one a method: the mean over its seeds and folds.
+
+    The dict says under ``units`` what its numbers are.
+    """
+    runs = []
+    for variant in variants:
+        for fold in chain.schedule.folds:
+            found = _evaluations(chain, variant, fold)
+            matrices = {score: _matrix(chain, found, score) for score in SCORES}
+            if not np.isnan(matrices["dice"]).all():
+                runs.append(_Run(variant, fold, found, matrices, _counts(chain, found)))
+    joint = {(run.variant.seed, run.fold): run for run in runs if run.variant.method == JOINT}
+    entries = []
+    by_method: dict[str, list[tuple[_Run, dict[str, float]]]] = defaultdict(list)
+    for run in runs:
+        bound = None if run.variant.method == JOINT else joint.get((run.variant.seed, run.fold))
+        gaps = {score: _gaps(chain, run, bound, score) for score in HIGHER_IS_BETTER}
+        entries.append(_nullable(_entry(chain, run, gaps)))
+        by_method[run.variant.method].append((run, gaps["dice"]))
+    content = {
+        "chain": chain.schedule.name,
+        "classes": list(chain.schedule.classes),
+        "learned_at": learned_at(chain).tolist(),
+        "units": UNITS,
+        "nsd_tolerance_mm": chain.schedule.nsd_tolerance_mm,
+        "n_test_subjects": len(_cases(chain)),
+        "runs": entries,
+        "paired": _nullable(_paired(chain, variants)),
+    }
+    return content, [_row(chain, method, of_method) for method, of_method in by_method.items()]
+
+
+def _gaps(chain: Chain, run: _Run, joint: _Run | None, score: str) -> dict[str, float]:
+    if joint is None:
+        return {"gap_to_joint": np.nan, "plasticity_gap": np.nan}
+    arguments = run.matrices[score], joint.matrices[score], learned_at(chain)
+    return {"gap_to_joint": gap_to_joint(*arguments), "plasticity_gap": plasticity_gap(*arguments)}
+
+
+def _entry(chain: Chain, run: _Run, gaps: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    at = learned_at(chain)
+    return {
+        "method": run.variant.method,
+        "seed": run.variant.seed,
+        "fold": run.fold,
+        **run.matrices,
+        "absent": {kind: run.counts[kind] for kind in ABSENCES},
+        "n_subjects": run.counts["subjects"],
+        "summary": {**summary(run.matrices["dice"], at), **gaps["dice"]},
+        "summary_nsd": {**summary(run.matrices["nsd"], at), **gaps["nsd"]},
+        "summary_hd95_mm": final_means(run.matrices["hd95_mm"], at),
+        "forward_transfer": {"value": None, "reason": NO_FORWARD_TRANSFER},
+        "parameters": _parameters(chain, run),
+        "bytes_kept": _bytes_kept(chain, run),
+        "cost": _costs(chain, run),
+        "by_test_set": _by_test_set(chain, run),
+    }
+
+
+def _row(chain: Chain, method: str, runs: Sequence[tuple[_Run, Mapping[str, float]]]) -> Row:
+    """Mean over runs of matrices and gaps; absent scores are summed."""
+    stacked = {score: np.stack([run.matrices[score] for run, _ in runs]) for score in SCORES}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a cell or gap that no run has
+        mean = {score: np.nanmean(values, 0) for score, values in stacked.items()}
+        std = np.nanstd(stacked["dice"], 0, ddof=1) if len(runs) > 1 else None
+        gaps = {name: float(np.nanmean([gap[name] for _, gap in runs])) for name in runs[0][1]}
+    without_hd95 = np.isnan(mean["hd95_mm"][-1]) & ~np.isnan(mean["dice"][-1])
+    total = {kind: sum(n or 0 for run, _ in runs for n in run.counts[kind][-1]) for kind in ("subjects", *ABSENCES)}
+    final = FinalScores(
+        nsd=final_means(mean["nsd"], learned_at(chain))["mean"],
+        nsd_tolerance_mm=chain.schedule.nsd_tolerance_mm,
+        hd95_mm=np.nan if without_hd95.any() else final_means(mean["hd95_mm"], learned_at(chain))["mean"],
+        n_scores=total["subjects"],
+        **{kind: total[kind] for kind in ABSENCES},
+        **gaps,
+    )
+    return Row(method=method, R=mean["dice"], seeds=len(runs), R_std=std, final=final)
+
+
+def _paired(chain: Chain, variants: Sequence[Variant]) -> dict[str, Any]:
+    """Differences to the schedule's own method by score, method and group of classes; none if it is not scored."""
+    reference, classes = chain.default_method, chain.schedule.classes
+    differences = {}
+    for score in HIGHER_IS_BETTER:
+        scores = subject_scores(chain, variants, score)
+        found = paired_differences(scores, reference, classes, learned_at(chain)) if reference in scores else {}
+        differences[score] = {
+            method: {group: asdict(difference) for group, difference in groups.items()}
+            for method, groups in found.items()
+        }
+    return {"reference": reference, **differences}
+
+
+def _cases(chain: Chain) -> dict[str, Any]:
+    return _test_set(chain)["cases"] if (chain.folder / "test" / "test.json").is_file() else {}
+
+
+def _by_test_set(chain: Chain, run: _Run) -> list[dict[str, Any]]:
+    """Matrices and final means of each test set; empty for a single one, whose scores are those of the run."""
+    members: dict[int, list[str]] = defaultdict(list)
+    for case, entry in _cases(chain).items():
+        members[entry["set"]].append(case)
+    if len(members) < 2:
+        return []
+    found = []
+    for number, cases in sorted(members.items()):
+        matrices = {score: _matrix(chain, run.evaluations, score, cases) for score in SCORES}
+        found.append(
+            {
+                "set": number,
+                "n_subjects": len(cases),
+                "never_trained_on": _never_trained_on(chain, number),
+                "mean": {score: final_means(matrix, learned_at(chain))["mean"] for score, matrix in matrices.items()},
+                **matrices,
+            }
+        )
+    return found
+
+
+def _never_trained_on(chain: Chain, number: int) -> bool | None:
+    schedule = chain.schedule
+    test = schedule.test[number]
+    trained_on = {path.resolve() for path in (schedule.source, *(step.dataset for step in schedule.steps)) if path}
+    if (test.dataset or test.images.parent).resolve() in trained_on:
+        return False
+    return None if test.dataset is None else True
+
+
+def _parameters(chain: Chain, run: _Run) -> dict[str, dict[str, int | None]]:
+    """By step: parameters of its network, and how many more than the step before has."""
+    totals = {row: content["parameters"] for row, content in run.evaluations.items()}
+    return {
+        _name(step): {"total": totals[row], "added": totals[row] - totals[row - 1] if row - 1 in totals else None}
+        for row, step in _steps(chain, run.variant).items()
+        if row in totals
+    }
+
+
+def _bytes_kept(chain: Chain, run: _Run) -> dict[str, dict[str, int]] | None:
+    """By step: size of the teacher's prototypes and of a replay method's memory; None for joint, which keeps it all."""
+    if run.variant.method == JOINT:
+        return None
+    kept = {}
+    for step in range(1, chain.n_steps + 1):
+        replay = _fold_folder(chain, run, step) / REPLAY_FILE
+        prototypes = 0
+        if step > 1 and (path := _fold_folder(chain, run, step - 1) / PROTOTYPE_FILE).is_file():
+            prototypes = path.stat().st_size
+        memory = int(json.loads(replay.read_text())["bytes"]) if replay.is_file() else 0
+        kept[_name(step)] = {"prototypes": prototypes, "replay": memory}
+    return kept
+
+
+def _costs(chain: Chain, run: _Run) -> dict[str, Any]:
+    steps = _steps(chain, run.variant).values()
+    found = {_name(step): _fold_folder(chain, run, step) / "cost.json" for step in steps}
     return {name: json.loads(path.read_text()) for name, path in found.items() if path.is_file()}
 
 
+def _fold_folder(chain: Chain, run: _Run, step: int | str) -> Path:
+    return chain.model_folder(run.variant, step) / f"fold_{run.fold}"
+
+
+def write_matrices(chain: Chain, content: Mapping[str, Any]) -> list[Path]:
+    """Write each run's matrices to ``matrices/METHOD_seedS_foldF_SCORE.csv`` in the chain's folder, whole or not.
+
+    A row a step, a column a class, and a first column with the step; an absent score is an empty field.
+
+    Args:
+        content: as ``collect_scores`` gives it.
+
+    Returns:
+        The files, in the order of the runs.
+    """
+    folder = chain.folder / "matrices"
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for run in content["runs"]:
+        for score in SCORES:
+            path = folder / f"{run['method']}_seed{run['seed']}_fold{run['fold']}_{score}.csv"
+            partial = path.with_name(path.name + ".part")
+            with open(partial, "w", newline="", encoding="utf-8") as file:
+                lines = csv.writer(file, lineterminator="\n")
+                lines.writerow(["step", *content["classes"]])
+                lines.writerows([step, *row] for step, row in enumerate(run[score], start=1))
+            os.replace(partial, path)
+            written.append(path)
+    return written
+
+
 def _nullable(value: Any) -> Any:
+    """JSON-able: arrays as lists, NaN as None."""
+    if isinstance(value, Mapping):
+        return {key: _nullable(entry) for key, entry in value.items()}
     if isinstance(value, np.ndarray):
-        return [_nullable(entry) for entry in value.tolist()] if value.ndim == 1 else [_nullable(row) for row in value]
+        return _nullable(value.tolist())
     if isinstance(value, list):
         return [_nullable(entry) for entry in value]
     if isinstance(value, (float, np.floating)):

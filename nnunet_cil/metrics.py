@@ -3,6 +3,9 @@
 ``R[t - 1, c]`` is the score of class ``c`` after step ``t`` (steps count from 1) and ``learned_at[c]`` the step that
 learns it. NaN marks a score that does not exist: a class not yet learned, or one without any test voxel. Absent is not
 zero: means run over the scores that exist, and a mean over nothing is NaN. Every function returns the unit of ``R``.
+
+Means suit any score. Forgetting and all after it take more for better, as in Dice and NSD; for a distance they would
+take the worst for the best.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ import math
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+NO_FORWARD_TRANSFER = "classes appear in one step only and have no score before it"
 
 
 def _checked(R: ArrayLike, learned_at: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
@@ -123,6 +128,49 @@ def plasticity(R: ArrayLike, learned_at: ArrayLike) -> float:
     return _mean(_when_learned(scores, steps)[steps >= 2])
 
 
+def gap_to_joint(R: ArrayLike, R_joint: ArrayLike, learned_at: ArrayLike) -> float:
+    """Mean, over the classes that both have after the last step, of the joint model's score minus the chain's.
+
+    Positive where training on all classes together is better; NaN without a class that both have (our derivation).
+
+    Args:
+        R: ``(T, K)`` scores of the chain, NaN where there is none.
+        R_joint: ``(T, K)`` scores of one model trained on all classes together, in the last row.
+        learned_at: ``(K,)`` step, from 1, that learns each class.
+
+    Raises:
+        ValueError: as `old_mean`, or the two matrices differ in shape.
+    """
+    scores, joint, steps = _checked_pair(R, R_joint, learned_at)
+    return _mean((joint[-1] - scores[-1])[steps <= len(scores)])
+
+
+def plasticity_gap(R: ArrayLike, R_joint: ArrayLike, learned_at: ArrayLike) -> float:
+    """Mean, over the classes of step 2 or later, of the single-step model's score minus the score when just learned.
+
+    The single-step model is the joint one. Positive where learning in steps cost new classes something; NaN for a chain
+    of one step and without a class that both have (our derivation). Arguments and errors as `gap_to_joint`.
+    """
+    scores, joint, steps = _checked_pair(R, R_joint, learned_at)
+    return _mean((joint[-1] - _when_learned(scores, steps))[steps >= 2])
+
+
+def _checked_pair(
+    R: ArrayLike, R_joint: ArrayLike, learned_at: ArrayLike
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
+    scores, steps = _checked(R, learned_at)
+    joint, _ = _checked(R_joint, learned_at)
+    if joint.shape != scores.shape:
+        raise ValueError(f"R_joint: got shape {joint.shape}, expected {scores.shape} as R.")
+    return scores, joint, steps
+
+
+def final_means(R: ArrayLike, learned_at: ArrayLike) -> dict[str, float]:
+    """``old_mean``, ``new_mean`` and ``mean`` after the last step, by name. Arguments and errors as `old_mean`."""
+    scores, steps = _checked(R, learned_at)
+    return {f.__name__: f(scores, steps, len(scores)) for f in (old_mean, new_mean, mean)}
+
+
 def summary(R: ArrayLike, learned_at: ArrayLike) -> dict[str, float]:
     """All scores of a chain after its last step, by name.
 
@@ -132,12 +180,9 @@ def summary(R: ArrayLike, learned_at: ArrayLike) -> dict[str, float]:
     nothing after anything else. Arguments and errors as `old_mean`.
     """
     scores, steps = _checked(R, learned_at)
-    T = len(scores)
-    is_chain = T == 1 or not np.isnan(scores[:-1]).all()
+    is_chain = len(scores) == 1 or not np.isnan(scores[:-1]).all()
     over_steps = (average_incremental_mean, forgetting, backward_transfer, plasticity)
     return {
-        "old_mean": old_mean(scores, steps, T),
-        "new_mean": new_mean(scores, steps, T),
-        "mean": mean(scores, steps, T),
+        **final_means(scores, steps),
         **{f.__name__: f(scores, steps) if is_chain else math.nan for f in over_steps},
     }

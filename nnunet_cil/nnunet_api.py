@@ -6,6 +6,7 @@ new nnU-Net release is a matter of this file, ``trainer.py`` and ``tests/test_nn
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import pickle
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 
 from nnunet_cil.parallel import TELL_EVERY_SECONDS, worker_count
+from nnunet_cil.surface_scores import surface_scores
 
 logger = logging.getLogger(__name__)
 
@@ -254,7 +256,8 @@ def derive_case(
     """What ``preprocess_case`` would write, from a preprocessed case of the same image with other labels.
 
     The image is linked (copied where the file system has no hard links). The labels take the way of nnU-Net's
-    ``DefaultPreprocessor.run_case_npy``: transpose, crop, resample, class locations. The image file is not read.
+    ``DefaultPreprocessor.run_case_npy``: transpose, crop, resample, class locations. The image file is not read. All
+    values are nnU-Net's; class locations are kept as int16 where the image allows.
 
     Args:
         donor: preprocessed case without file ending; target: likewise.
@@ -276,7 +279,11 @@ def derive_case(
     after = chosen.spacing if len(chosen.spacing) == len(before) else [before[0], *chosen.spacing]
     seg = chosen.resampling_fn_seg(seg, compute_new_shape(seg.shape[1:], before, after), before, after)
     labels = manager.get_label_manager(dict(dataset_json))
-    properties["class_locations"] = class_locations(seg, labels.foreground_labels, labels.has_ignore_label)
+    locations = class_locations(seg, labels.foreground_labels, labels.has_ignore_label)
+    small = np.int16 if max(seg.shape) < 2**14 else np.int64  # nnU-Net's int64 would be most of the step's disk space
+    properties["class_locations"] = {
+        label: found.astype(small) if isinstance(found, np.ndarray) else found for label, found in locations.items()
+    }
     link_or_copy(Path(f"{donor}.b2nd"), Path(f"{target}.b2nd"))
     save_segmentation(seg, Path(f"{target}_seg"), chosen.patch_size)
     write_pickle(properties, f"{target}.pkl")
@@ -412,13 +419,32 @@ def predict(
 
 
 def case_metrics(
-    reference: Path, prediction: Path, dataset_json: Mapping[str, Any], labels: Sequence[int], ignore: int | None
-) -> dict[int, dict]:
-    """nnU-Net's metrics of one case: ``{label: {"Dice": 0..1 or NaN if both are empty, "n_ref": voxels, ...}}``."""
+    reference: Path,
+    prediction: Path,
+    dataset_json: Mapping[str, Any],
+    labels: Sequence[int],
+    ignore: int | None,
+    tolerance_mm: float,
+) -> dict[int, dict[str, float]]:
+    """nnU-Net's metrics of one case and our surface scores; voxels with the label ``ignore`` count in neither.
+
+    Args:
+        tolerance_mm: of the NSD.
+
+    Returns:
+        ``{label: {"Dice": 0..1 or NaN if both are empty, "n_ref": voxels, "n_pred": voxels, ..., "hd95_mm", "nsd"}}``;
+        the last two as ``surface_scores`` gives them.
+    """
     from nnunetv2.evaluation.evaluate_predictions import compute_metrics
 
     rw = reader_writer(dataset_json, reference)
-    return compute_metrics(str(reference), str(prediction), rw, list(labels), ignore)["metrics"]
+    found = compute_metrics(str(reference), str(prediction), rw, list(labels), ignore)["metrics"]
+    (wanted, properties), (got, _) = rw.read_seg(str(reference)), rw.read_seg(str(prediction))
+    scored = wanted[0] != ignore
+    for label in labels:
+        masks = [(seg[0] == label) & scored for seg in (wanted, got)]
+        found[label] |= surface_scores(*masks, properties["spacing"], tolerance_mm)
+    return found
 
 
 def plans_manager(plans: Mapping[str, Any]) -> Any:
@@ -495,11 +521,33 @@ def class_locations(seg: np.ndarray, labels: Sequence[int], with_annotated: bool
     return DefaultPreprocessor._sample_foreground_locations(seg, wanted)
 
 
-def preprocessed_dataset(folder: Path) -> Any:
-    """nnU-Net's dataset object over all cases of a preprocessed folder."""
+def preprocessed_dataset(folder: Path, cases: Sequence[str] | None = None) -> Any:
+    """nnU-Net's dataset object over all cases of a preprocessed folder, or over some."""
     from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
-    return infer_dataset_class(str(folder))(str(folder))
+    return infer_dataset_class(str(folder))(str(folder), None if cases is None else list(cases))
+
+
+def fold_cases(folder: Path, fold: int | str) -> list[str]:
+    """Training cases of a fold, from the ``splits_final.json`` beside a preprocessed folder; sorted.
+
+    Raises:
+        FileNotFoundError: the dataset is not there any more.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: got no such folder, expected the preprocessed cases that are to be kept.")
+    if fold == "all":
+        return sorted(preprocessed_dataset(folder).identifiers)
+    return sorted(json.loads((folder.parent / "splits_final.json").read_text())[int(fold)]["train"])
+
+
+def case_files(folder: Path, case: str) -> list[Path]:
+    """A case's files in a preprocessed folder: image, segmentation, properties."""
+    return [
+        path
+        for ending in (".b2nd", "_seg.b2nd", ".npz", ".npy", "_seg.npy", ".pkl")
+        if (path := folder / f"{case}{ending}").is_file()
+    ]
 
 
 def save_segmentation(seg: np.ndarray, path_without_ending: Path, patch_size: Sequence[int]) -> None:

@@ -121,6 +121,39 @@ def test_a_chain_cut_short_leaves_out_later_classes():
     assert result["plasticity"] == pytest.approx(0.8)
 
 
+JOINT = np.array([[NAN] * 3, [NAN] * 3, [0.9, 0.8, 0.7]])
+
+
+def test_gaps_to_joint_by_hand():
+    assert metrics.gap_to_joint(FORGETS, JOINT, ONE_EACH) == pytest.approx((0.6 + 0.1 + 0.2) / 3)
+    assert metrics.plasticity_gap(FORGETS, JOINT, ONE_EACH) == pytest.approx(((0.8 - 0.8) + (0.7 - 0.5)) / 2)
+    assert metrics.gap_to_joint(BETTERS, JOINT, ONE_EACH) == pytest.approx((0.1 + 0.1 - 0.2) / 3)
+
+
+def test_gaps_are_over_the_classes_that_both_have():
+    missing, joint = FORGETS.copy(), JOINT.copy()
+    missing[2, 0] = NAN
+    joint[2, 1] = NAN
+    assert metrics.gap_to_joint(missing, joint, ONE_EACH) == pytest.approx(0.7 - 0.5)
+    assert metrics.plasticity_gap(missing, joint, ONE_EACH) == pytest.approx(0.7 - 0.5)
+
+
+def test_gaps_without_anything_to_compare():
+    nothing = np.full((3, 3), NAN)
+    for function in (metrics.gap_to_joint, metrics.plasticity_gap):
+        assert np.isnan(function(FORGETS, nothing, ONE_EACH))
+        assert np.isnan(function(nothing, JOINT, ONE_EACH))
+        with pytest.raises(ValueError, match="R_joint: got shape"):
+            function(FORGETS, JOINT[1:], ONE_EACH)
+    assert metrics.gap_to_joint([[0.8]], [[0.9]], [1]) == pytest.approx(0.1)
+    assert np.isnan(metrics.plasticity_gap([[0.8]], [[0.9]], [1])), "a chain of one step learned nothing later"
+
+
+def test_means_of_a_distance_in_mm():
+    found = metrics.final_means([[3.0, NAN], [5.0, 20.0]], [1, 2])
+    assert found == {"old_mean": 5.0, "new_mean": 20.0, "mean": 12.5}
+
+
 @pytest.mark.parametrize(
     ("R", "learned_at", "message"),
     [

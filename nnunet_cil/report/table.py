@@ -22,6 +22,31 @@ _SUMMARY_COLUMNS = {
 }
 
 
+@dataclass(frozen=True)
+class FinalScores:
+    """What stands beside Dice after the last step: means over classes and seeds, NaN where there is none.
+
+    Attributes:
+        nsd: in [0, 1]; nsd_tolerance_mm: the tolerance that it was taken at.
+        hd95_mm: over the subjects in which reference and prediction both have the class; NaN if a class has no such
+            subject, as a mean without a class that was forgotten would not compare.
+        n_scores: scores behind the means, absent ones included: subjects x classes x seeds.
+        missed, invented, both_empty: how many of them have no HD95 because the prediction, the reference or both are
+            empty. The first two have Dice and NSD 0, the last has no score.
+        gap_to_joint, plasticity_gap: of Dice, see ``metrics``.
+    """
+
+    nsd: float
+    nsd_tolerance_mm: float
+    hd95_mm: float
+    n_scores: int
+    missed: int
+    invented: int
+    both_empty: int
+    gap_to_joint: float
+    plasticity_gap: float
+
+
 @dataclass(frozen=True, eq=False)
 class Row:
     """Scores of one method.
@@ -32,6 +57,7 @@ class Row:
             all classes together has scores in its last row only.
         seeds: number of seeds behind ``R``, at least 1.
         R_std: ``(T, K)`` standard deviation over seeds, or None.
+        final: what else was measured after the last step, or None.
 
     Raises:
         ValueError: ``R`` is not a matrix of numbers in [0, 1], ``R_std`` has another shape, or ``seeds`` is below 1.
@@ -41,6 +67,7 @@ class Row:
     R: NDArray[np.floating]
     seeds: int = 1
     R_std: NDArray[np.floating] | None = None
+    final: FinalScores | None = None
 
     def __post_init__(self) -> None:
         if self.R.ndim != 2 or not self.R.size:
@@ -82,6 +109,28 @@ def _final_scores(rows: Sequence[Row], classes: Sequence[str], learned_at: Seque
     return lines
 
 
+def _beside_dice(rows: Sequence[Row]) -> list[str]:
+    """The block of the rows that have more than Dice; no line if none has."""
+    found = {row.method: row.final for row in rows if row.final is not None}
+    if not found:
+        return []
+    tolerance_mm = next(iter(found.values())).nsd_tolerance_mm
+    lines = [
+        ["method", "NSD", "HD95", "missed", "invented", "both empty", "of", "gap to joint", "plasticity gap"],
+        ["", "%", "mm", *["count"] * 4, *["points"] * 2],
+    ]
+    for method, final in found.items():
+        hd95 = "n/a" if math.isnan(final.hd95_mm) else f"{final.hd95_mm:.1f}"
+        counts = [str(n) for n in (final.missed, final.invented, final.both_empty, final.n_scores)]
+        gaps = [_hundredths(gap, "+") for gap in (final.gap_to_joint, final.plasticity_gap)]
+        lines.append([method, _hundredths(final.nsd), hd95, *counts, *gaps])
+    return [
+        f"After the last step, mean over classes (NSD at {tolerance_mm:g} mm; HD95 where it exists, the rest counted)",
+        *aligned(lines, header=2),
+        f"Forward transfer: n/a, as {metrics.NO_FORWARD_TRANSFER}.",
+    ]
+
+
 def _scores_by_step(row: Row, classes: Sequence[str], learned_at: Sequence[int]) -> list[list[str]]:
     lines = [["step", *classes, "mean"]]
     for t, scores in enumerate(row.R, start=1):
@@ -91,8 +140,12 @@ def _scores_by_step(row: Row, classes: Sequence[str], learned_at: Sequence[int])
     return lines
 
 
-def _aligned(lines: Sequence[Sequence[str]], header: int) -> list[str]:
-    """First column flush left, the others flush right, and a rule below the ``header`` lines."""
+def aligned(lines: Sequence[Sequence[str]], header: int) -> list[str]:
+    """Lines of a plain-text table: first column flush left, the others flush right, a rule below the ``header`` lines.
+
+    Raises:
+        ValueError: the lines differ in their number of cells.
+    """
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     texts = [
         "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
@@ -102,11 +155,13 @@ def _aligned(lines: Sequence[Sequence[str]], header: int) -> list[str]:
 
 
 def score_table(rows: Sequence[Row], classes: Sequence[str], learned_at: Sequence[int]) -> str:
-    """Plain-text table for the terminal: scores after the last step, then each method's scores step by step.
+    """Plain-text table for the terminal: Dice after the last step, what stands beside it, then Dice step by step.
 
     Dice, means and plasticity are in %, forgetting and backward transfer (BWT) in points of 100 Dice; ``±`` is the
-    standard deviation over seeds. A class not yet learned is an empty cell, a missing score ``n/a``; a step without
-    any score is left out of the second part. Forgetting and the like are those of the mean matrix over seeds.
+    standard deviation over seeds. The second part, of the rows with ``final``, has NSD and HD95, the number of absent
+    scores, and what the joint model has more (in points). A class not yet learned is an empty cell, a missing score
+    ``n/a``; a step without any score is left out of the third part. Forgetting and the like are those of the mean
+    matrix over seeds.
 
     Args:
         rows: one per method, in the order to show.
@@ -116,9 +171,11 @@ def score_table(rows: Sequence[Row], classes: Sequence[str], learned_at: Sequenc
     Raises:
         ValueError: the numbers of classes do not agree.
     """
-    parts = [["Dice after the last step", *_aligned(_final_scores(rows, classes, learned_at), header=2)]]
+    parts = [["Dice after the last step", *aligned(_final_scores(rows, classes, learned_at), header=2)]]
+    if beside := _beside_dice(rows):
+        parts.append(beside)
     for row in rows:
-        steps = _aligned(_scores_by_step(row, classes, learned_at), header=1)
+        steps = aligned(_scores_by_step(row, classes, learned_at), header=1)
         parts.append([f"{row.method}: Dice (%) by step", *steps])
     return "\n\n".join("\n".join(part) for part in parts) + "\n"
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nnunet_cil.report.table import Row, markdown_table, score_table
+from nnunet_cil.report.table import FinalScores, Row, markdown_table, score_table
 
 NAN = np.nan
 CLASSES = ["liver", "spleen", "kidney"]
@@ -39,6 +39,34 @@ step  liver  spleen  kidney  mean
 ---------------------------------
 2      91.0    84.0    83.0  86.0
 """
+    )
+
+
+def test_block_beside_dice_as_a_whole():
+    forgot = FinalScores(
+        nsd=0.251,
+        nsd_tolerance_mm=2.5,
+        hd95_mm=3.14,
+        n_scores=60,
+        missed=38,
+        invented=1,
+        both_empty=2,
+        gap_to_joint=0.5904,
+        plasticity_gap=-0.0123,
+    )
+    bound = FinalScores(0.912, 2.5, NAN, 60, 0, 0, 0, NAN, NAN)
+    rows = [Row("finetune", FINETUNE.R, final=forgot), Row("joint", JOINT.R, final=bound), PGCD]
+    block = score_table(rows, CLASSES, LEARNED_AT).split("\n\n")[1]
+    assert (
+        block
+        == """\
+After the last step, mean over classes (NSD at 2.5 mm; HD95 where it exists, the rest counted)
+method     NSD  HD95  missed  invented  both empty     of  gap to joint  plasticity gap
+             %    mm   count     count       count  count        points          points
+---------------------------------------------------------------------------------------
+finetune  25.1   3.1      38         1           2     60         +59.0            -1.2
+joint     91.2   n/a       0         0           0     60           n/a             n/a
+Forward transfer: n/a, as classes appear in one step only and have no score before it."""
     )
 
 

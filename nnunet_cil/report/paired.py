@@ -1,0 +1,156 @@
+"""Differences between methods, paired by test subject, with an interval and a test."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from nnunet_cil.report.table import aligned
+
+MIN_SUBJECTS = 3
+DECIMALS = 12
+
+BySubject = Mapping[Hashable, Mapping[str, Mapping[str, float | None]]]
+"""A method's scores: seed (or whatever tells its models apart) -> test subject -> class -> score, None if absent."""
+Scores = Mapping[str, BySubject]
+"""By method."""
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """A method's scores minus another's.
+
+    Attributes:
+        mean: over test subjects, in the scores' unit; NaN without a pair.
+        low, high: 95 % bootstrap interval of the mean; NaN if ``note`` says why.
+        p_value: Wilcoxon signed-rank test, two-sided; NaN if ``note`` says why.
+        n_subjects: test subjects with a pair.
+        n_seeds: seeds with a pair.
+        note: why something is missing or has no width; empty if all is there.
+    """
+
+    mean: float
+    low: float
+    high: float
+    p_value: float
+    n_subjects: int
+    n_seeds: int
+    note: str = ""
+
+
+def paired_difference(method: BySubject, reference: BySubject, classes: Sequence[str]) -> PairedDifference:
+    """Mean difference of two methods over test subjects, with a 95 % interval and a Wilcoxon signed-rank test.
+
+    For each seed and subject that both methods have, the means over the classes that both score there are compared. The
+    subjects are then the sample: a subject's differences are averaged over seeds first, as seeds on one subject are no
+    independent subjects. The interval is scipy's BCa bootstrap over subjects (Efron 1987), seeded. With few
+    subjects it is narrow: in simulations with normal differences it held the true mean 89 times in 100 with 8 subjects
+    and 94 with 20.
+
+    Args:
+        method, reference: scores of any one unit; None and NaN are absent.
+        classes: those to average over.
+
+    Returns:
+        ``method`` minus ``reference``. Below 3 subjects there is neither interval nor test; equal differences give an
+        interval without width, and no test if they are all zero.
+    """
+    by_subject: dict[str, list[float]] = {}
+    seeds = set()
+    for seed in method:
+        for subject, scores in method[seed].items():
+            other = reference.get(seed, {}).get(subject, {})
+            pairs = [(scores.get(name), other.get(name)) for name in classes]
+            differences = [a - b for a, b in pairs if a is not None and b is not None and not math.isnan(a - b)]
+            if differences:
+                by_subject.setdefault(subject, []).append(float(np.mean(differences)))
+                seeds.add(seed)
+    # rounded, so that differences which are equal but for floating point are ties
+    values = np.round([np.mean(by_subject[subject]) for subject in sorted(by_subject)], DECIMALS)
+    mean = float(values.mean()) if values.size else math.nan
+    size = (len(values), len(seeds))
+    if len(values) < MIN_SUBJECTS:
+        note = f"{len(values)} subjects with a pair, fewer than {MIN_SUBJECTS}: no interval and no test"
+        return PairedDifference(mean, math.nan, math.nan, math.nan, *size, note)
+    if not values.any():
+        return PairedDifference(0.0, 0.0, 0.0, math.nan, *size, "no subject differs: no test")
+    p_value = float(stats.wilcoxon(values).pvalue)
+    if np.ptp(values) == 0:
+        return PairedDifference(mean, mean, mean, p_value, *size, "all subjects differ equally: no width")
+    interval = stats.bootstrap((values,), np.mean, method="BCa", rng=np.random.default_rng(0)).confidence_interval
+    return PairedDifference(mean, float(interval.low), float(interval.high), p_value, *size)
+
+
+def paired_differences(
+    scores: Scores, reference: str, classes: Sequence[str], learned_at: Sequence[int]
+) -> dict[str, dict[str, PairedDifference]]:
+    """Each other method minus the reference, by method and then by ``all``, ``old`` and ``new`` classes.
+
+    Args:
+        scores: after the last step.
+        classes: K names.
+        learned_at: the K steps, from 1, that learn them; new are those of the last step.
+
+    Raises:
+        ValueError: no scores of the reference, or the numbers of classes do not agree.
+    """
+    if reference not in scores:
+        raise ValueError(f"reference: got {reference!r}, expected one of the scored methods {sorted(scores)}.")
+    if len(classes) != len(learned_at):
+        raise ValueError(f"classes, learned_at: got {len(classes)} and {len(learned_at)} entries, expected as many.")
+    last = max(learned_at)
+    groups = {
+        "all": list(classes),
+        "old": [name for name, step in zip(classes, learned_at, strict=True) if step < last],
+        "new": [name for name, step in zip(classes, learned_at, strict=True) if step == last],
+    }
+    return {
+        method: {group: paired_difference(scores[method], scores[reference], of) for group, of in groups.items() if of}
+        for method in scores
+        if method != reference
+    }
+
+
+def paired_table(
+    scores: Scores, reference: str, classes: Sequence[str], learned_at: Sequence[int], score_name: str = "Dice"
+) -> str:
+    """Plain-text table of `paired_differences`, in points of 100; what is missing is ``n/a``, with the reason below.
+
+    Args:
+        scores: in [0, 1], after the last step.
+        score_name: for the title.
+
+    Returns:
+        Lines that end in a newline; empty if there is no other method. Other arguments and errors as
+        `paired_differences`.
+    """
+    lines = [["method", "classes", "difference", "95 % interval", "p", "subjects", "seeds"]]
+    notes = []
+    for method, groups in paired_differences(scores, reference, classes, learned_at).items():
+        for group, found in groups.items():
+            interval = f"[{_points(found.low)}, {_points(found.high)}]" if math.isfinite(found.low) else "n/a"
+            numbers = [_points(found.mean), interval, _p(found.p_value), str(found.n_subjects), str(found.n_seeds)]
+            lines.append([method, group, *numbers])
+            if found.note:
+                notes.append(f"{method}, {group}: {found.note}.")
+    if len(lines) == 1:
+        return ""
+    title = (
+        f"{score_name} after the last step, difference to {reference} in points, paired by test subject\n"
+        "(interval: bootstrap over subjects; p: Wilcoxon signed-rank, not corrected for the number of comparisons)"
+    )
+    return "\n".join([title, *aligned(lines, header=1), *notes]) + "\n"
+
+
+def _points(value: float) -> str:
+    return "n/a" if math.isnan(value) else f"{round(100 * value, 1) + 0.0:+.1f}"
+
+
+def _p(value: float) -> str:
+    if math.isnan(value):
+        return "n/a"
+    return "<0.001" if value < 0.001 else f"{value:.3f}"
