@@ -98,20 +98,32 @@ def step_cases(schedule: Schedule, step: int) -> list[Case]:
 
 
 def joint_cases(schedule: Schedule) -> list[Case]:
-    """All training cases of a cut-up dataset with all its labels.
+    """All training cases with all labels: of a cut-up dataset, or of the steps' own where these say how (``joint``).
+
+    Cases of a second dataset that have the name of an earlier one are named ``stepT_CASE``.
 
     Raises:
         ValueError: the steps have datasets of their own, in which the organs of other steps are not labelled.
     """
-    if schedule.source is None:
+    if not schedule.has_joint:
         raise ValueError(
-            f"{schedule.file}: --methods: got 'joint' for steps with datasets of their own, expected one `source` that "
-            "labels all classes: in partly labelled images the other organs would be learned as background. Leave "
-            "'joint' out."
+            f"{schedule.file}: --methods: got 'joint' for steps with datasets of their own, expected data that label "
+            "all classes: in partly labelled images the other organs would be learned as background. Leave 'joint' "
+            "out, or give each step a `joint` map from its dataset's labels to all classes."
         )
-    together = replace(schedule.steps[0], classes=schedule.classes)
-    everything = replace(schedule, steps=(together,), images="shared")
-    return step_cases(everything, 1)
+    if schedule.source is not None:
+        together = replace(schedule.steps[0], classes=schedule.classes)
+        return step_cases(replace(schedule, steps=(together,), images="shared"), 1)
+    found: dict[str, Case] = {}
+    files: set[Path] = set()
+    for number, step in enumerate(schedule.steps, 1):
+        together = replace(step, classes=schedule.classes, class_map=step.joint_map)
+        for case in step_cases(replace(schedule, steps=(together,)), 1):
+            if case.label not in files:
+                name = case.name if case.name not in found else f"step{number}_{case.name}"
+                found[name] = replace(case, name=name)
+                files.add(case.label)
+    return sorted(found.values(), key=lambda case: case.name)
 
 
 def disjoint_parts(names: Sequence[str], n_parts: int, seed: int) -> list[list[str]]:

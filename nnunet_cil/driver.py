@@ -42,7 +42,7 @@ def variants_of(chain: Chain, methods: Sequence[str], seeds: Sequence[int | None
 
 def compared_methods(schedule: Schedule) -> list[str]:
     """The chain's own method, the others that keep no scans, and the upper bound where the data allow one."""
-    joint = [JOINT] if schedule.source is not None else []
+    joint = [JOINT] if schedule.has_joint else []
     return list(dict.fromkeys([method_of(schedule.trainer), *COMPARED, *joint]))
 
 

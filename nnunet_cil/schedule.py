@@ -83,11 +83,15 @@ class ScheduleError(ValueError):
 
 @dataclass(frozen=True)
 class Step:
-    """Classes of one step; ``dataset`` and ``class_map`` (own label -> class, None: dropped) if it has its own data."""
+    """Classes of one step; ``dataset`` and ``class_map`` (own label -> class, None: dropped) if it has its own data.
+
+    ``joint_map``: likewise for the joint model, if the dataset labels the classes of all steps.
+    """
 
     classes: tuple[str, ...]
     dataset: Path | None = None
     class_map: Mapping[str, str | None] | None = None
+    joint_map: Mapping[str, str | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -171,6 +175,11 @@ class Schedule:
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
+    def has_joint(self) -> bool:
+        """Whether there are data that label all classes, on which a joint model can be trained."""
+        return self.source is not None or all(step.joint_map for step in self.steps)
+
+    @property
     def classes(self) -> tuple[str, ...]:
         """All classes in the order learned."""
         return self.classes_until(len(self.steps))
@@ -186,6 +195,7 @@ class Schedule:
             "source": self.raw.get("source"),
             "steps": [
                 {"classes": list(s.classes), "dataset": _written(raw), "class_map": s.class_map and dict(s.class_map)}
+                | ({"joint": dict(s.joint_map)} if s.joint_map else {})
                 for s, raw in zip(self.steps, self.raw["steps"], strict=True)
             ],
             "images": self.images,
@@ -613,6 +623,10 @@ class _Reader:
                         key, f"class {name!r} that {seen[name]} has already", "each class in one step only, once"
                     )
                 seen[name] = key
+        for step, key in [(step, seen[step.classes[0]]) for step in steps if step.joint_map and step.classes]:
+            found = {name for name in (step.joint_map or {}).values() if name is not None}
+            if found != set(seen):
+                self.problem(f"{key}: joint", sorted(found), f"all classes of the steps: {list(seen)}")
         kinds = {isinstance(entry, dict) for entry in value}
         if len(kinds) > 1:
             self.problem("steps", "steps with and without a dataset of their own", "all of one kind")
@@ -650,15 +664,16 @@ class _Reader:
                 self.problem(key, f"unknown class {name!r}{hint}", f"one of {sorted(set(labels) - set(RESERVED))}")
 
     def _own_step(self, key: str, entry: Mapping) -> Step | None:
-        self._known_keys(f"{key}: ", entry, ("dataset", "classes"))
+        self._known_keys(f"{key}: ", entry, ("dataset", "classes", "joint"))
         folder = self._dataset(f"{key}: dataset", entry.get("dataset"))
+        joint = self._class_map(f"{key}: joint", entry["joint"], folder) if "joint" in entry else None
         class_map = self._class_map(f"{key}: classes", entry.get("classes"), folder)
         if folder is None or class_map is None:
             return None
         classes = tuple(dict.fromkeys(name for name in class_map.values() if name is not None))
         if not classes:
             self.problem(f"{key}: classes", "no class", "at least one that is learned")
-        return Step(classes, folder, class_map)
+        return Step(classes, folder, class_map, joint)
 
     def _class_map(self, key: str, value: Any, folder: Path | None) -> dict[str, str | None] | None:
         if isinstance(value, list):

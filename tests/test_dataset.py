@@ -249,6 +249,17 @@ def test_joint_is_refused_for_datasets_of_their_own(own_datasets):
         joint_cases(own_datasets.schedule)
 
 
+def test_joint_of_own_datasets_with_maps_has_all_cases_under_names_of_their_own(nnunet_folders, tmp_path):
+    write_own_datasets(tmp_path)
+    path = tmp_path / "own.yaml"
+    tests, steps = path.read_text().split("steps:")
+    path.write_text(f"{tests}steps:{steps.replace('}}', '}, joint: {ball: lump, blob: blob}}')}")
+    cases = joint_cases(load_schedule(path))
+    assert names_of(cases) == ["case_0", "case_1", "step2_case_0", "step2_case_1"]
+    assert [case.label.parent.parent.name for case in cases] == ["one", "one", "two", "two"]
+    assert {str(dict(case.table)) for case in cases} == {"{0: 0, 1: 1, 2: 2}"}
+
+
 # a prepared chain
 
 

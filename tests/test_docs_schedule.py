@@ -82,7 +82,7 @@ GIVEN = dict.fromkeys(INTENSITY_KEYS, 1)
 OWN_STEP = {"dataset": 1, "classes": ["liver"]}
 OWN = {"source": None, "steps": [OWN_STEP]}
 EXPECTED = {  # what follows "got an unknown key" is checked against a schedule with the key "no_key" in this place
-    "step": (dict.fromkeys(("dataset", "classes"), MISSING), {**OWN, "steps": [{**OWN_STEP, "no_key": 0}]}),
+    "step": ({"dataset": MISSING, "classes": MISSING, "joint": None}, {**OWN, "steps": [{**OWN_STEP, "no_key": 0}]}),
     "test set": (
         {"dataset": MISSING, "subjects": None, "classes": None},
         {"test": {"dataset": 1, "no_key": 0}},

@@ -229,6 +229,10 @@ BAD = {
         {**BASE, "method": {"class_balance": True}, "variants": {"a": {"pseudo_labels": False}}},
         "variants: a: class_balance: got true with pseudo_labels: off",
     ),
+    "joint without all classes": (
+        {"name": "chain", "steps": [{"dataset": 1, "classes": ["liver"], "joint": ["spleen"]}]},
+        r"steps\[0\]: joint: got \['spleen'\], expected all classes of the steps: \['liver'\]",
+    ),
     "unknown intensity key": (
         {
             **BASE,
@@ -552,3 +556,14 @@ def test_every_ablation_changes_one_known_setting():
         assert len(changes) == 1, name
         ((key, value),) = changes.items()
         assert METHOD_DEFAULTS[key] != value
+
+
+def test_joint_needs_a_source_or_a_map_in_every_step(raw, tmp_path):
+    write_raw(raw / "Dataset002_Other", labels=("hepar", "lien"))
+    first = {"dataset": 1, "classes": ["liver"]}
+    second = {"dataset": 2, "classes": {"lien": "spleen"}, "joint": {"hepar": "liver", "lien": "spleen"}}
+    assert load(tmp_path, BASE).has_joint
+    assert not load(tmp_path, {"name": "chain", "steps": [first, second]}).has_joint
+    whole = load(tmp_path, {"name": "chain", "steps": [{**first, "joint": ["liver", "spleen"]}, second]})
+    assert whole.has_joint
+    assert whole.to_dict()["steps"][1]["joint"] == second["joint"]
