@@ -17,10 +17,20 @@ SMALL_BYTES = 64 * 2**20
 TELL_EVERY_SECONDS = 10.0
 
 
+def core_count() -> int:
+    """Cores that this process may use: those a batch system gave it, not those of the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def thread_count() -> int:
+    """Threads of a training on the CPU: OMP_NUM_THREADS where it is set, else one for each core."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdigit() and int(asked) > 0 else core_count()
+
+
 def worker_count(n_tasks: int) -> int:
     """Worker processes for ``n_tasks``, from the cores that this process may use; nnUNet_def_n_proc overrides."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    limit = int(os.environ.get("nnUNet_def_n_proc", min(8, cores)))  # noqa: SIM112  (nnU-Net's spelling)
+    limit = int(os.environ.get("nnUNet_def_n_proc", min(8, core_count())))  # noqa: SIM112  (nnU-Net's spelling)
     return max(1, min(limit, n_tasks))
 
 

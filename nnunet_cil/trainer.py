@@ -32,6 +32,7 @@ from nnunet_cil.features import FeatureTap, last_decoder_stage
 from nnunet_cil.logging_terms import TERM_PREFIX, TermLogger
 from nnunet_cil.objectives.base import Objective, Outputs
 from nnunet_cil.objectives.finetune import Finetune
+from nnunet_cil.parallel import thread_count
 from nnunet_cil.precision import Float32Loss, amp_dtype, autocast, set_memory_format
 from nnunet_cil.prototypes import PrototypeStore
 from nnunet_cil.pseudo_labels import (
@@ -90,6 +91,8 @@ class IncrementalTrainer(nnUNetTrainer):
         super().__init__(plans, configuration, fold, dataset_json, device)
         training = self.block.training
         self.amp_dtype = amp_dtype(training.amp, self.device)
+        if self.device.type == "cpu":
+            torch.set_num_threads(thread_count())  # nnUNetv2_train takes all cores of the machine
         if self.amp_dtype != torch.float16:
             self.grad_scaler = None
         self.num_epochs = training.epochs

@@ -100,3 +100,10 @@ def test_where_there_is_no_affinity_the_machines_cores_count(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
     assert worker_count(100) == 3
+
+
+@pytest.mark.parametrize(("asked", "threads"), [("3", 3), ("", 5), ("many", 5), ("0", 5)])
+def test_threads_are_those_asked_for_else_the_cores_that_may_be_used(monkeypatch, asked, threads):
+    monkeypatch.setattr(parallel, "core_count", lambda: 5)
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert parallel.thread_count() == threads
