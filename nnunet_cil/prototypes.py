@@ -94,6 +94,12 @@ def _reduce(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def reduced(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor on the CPU added up over distributed ranks, whatever their backend; itself without a process group."""
+    on_cuda = dist.is_available() and dist.is_initialized() and dist.get_backend() == "nccl"
+    return _reduce(tensor.to(torch.device("cuda", torch.cuda.current_device()) if on_cuda else "cpu")).cpu()
+
+
 class RunningBackground(nn.Module):
     """The dynamic background prototype: p <- mu p + (1 - mu) mean, over voxels that are background now (section 4).
 
@@ -274,9 +280,8 @@ class PrototypeAccumulator:
         """Add up over distributed ranks and sample from all of them; without a process group nothing changes."""
         if not (dist.is_available() and dist.is_initialized()):
             return
-        device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
         for name in ("sums", "squares", "counts"):
-            setattr(self, name, _reduce(getattr(self, name).to(device)).cpu())
+            setattr(self, name, reduced(getattr(self, name)))
         gathered: list = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, (self._keys, self._samples))
         for c in range(len(self.counts)):

@@ -35,6 +35,7 @@ METHOD_DEFAULTS: Mapping[str, Any] = {
     "class_balance": False,
     "class_balance_max": 5.0,
     "scale_by_classes": False,
+    "new_rows": "background",
     "pgcd_spatial": True,
     "calibration": "prototypes",
     "dapd_global": True,
@@ -55,6 +56,7 @@ METHOD_CHOICES = {
     "old_prototypes": ("reextract", "transport"),
     "background_features": ("teacher", "student"),
     "calibration": ("prototypes", "uniform"),
+    "new_rows": ("background", "prototypes"),
 }
 ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "no_spatial": {"pgcd_spatial": False},

@@ -29,6 +29,7 @@ from nnunet_cil import nnunet_api
 from nnunet_cil.block import BLOCK_KEY, StepBlock
 from nnunet_cil.extraction import accumulate_prototypes, random_patch, transported
 from nnunet_cil.features import FeatureTap, last_decoder_stage
+from nnunet_cil.imprinting import class_statistics, imprint
 from nnunet_cil.logging_terms import TERM_PREFIX, TermLogger
 from nnunet_cil.objectives.base import Objective, Outputs
 from nnunet_cil.objectives.finetune import Finetune
@@ -346,9 +347,28 @@ class IncrementalTrainer(nnUNetTrainer):
             self.objective.set_label_counts(torch.from_numpy(self._cache.counts(training.identifiers)))
         if self._resumed is not None:
             self.objective.load_state_dict(self._resumed["objective"])
+        elif self.objective.imprints:
+            self._imprint(training)
         self.objective.start(self.teacher.network, self._anchor(), self._patches(training))
         if not self.objective.uses_teacher:
             self._remove_taps()
+
+    def _imprint(self, training) -> None:
+        """Let the new rows of the head begin with what tells the new classes from background (``imprinting``)."""
+        cases = sorted(training.identifiers)[self.local_rank :: dist.get_world_size() if self.is_ddp else 1]
+        with self._autocast():
+            statistics = class_statistics(
+                self.teacher.network,
+                (training.load_case(case)[:2] for case in cases),
+                self.configuration_manager.patch_size,
+                self.block.n_old,
+                self.block.n_classes,
+                self.device,
+            )
+        for each in statistics.values():
+            each.reduce()
+        unwrap(self.network).load_state_dict(imprint(self._anchor(), self.teacher.weights, statistics))
+        self.print_to_log_file("New rows of the head start from the prototypes of their classes.")
 
     def _anchor(self) -> dict[str, torch.Tensor]:
         """The student's state dict before its first iteration."""

@@ -27,6 +27,7 @@ VARIANTS = {
     "ewf_1": "{trainer: nnUNetTrainerEWF, fusion: 1}",
     "ewc_0": "{trainer: nnUNetTrainerEWC, lambda_ewc: 0}",
     "plop_online": "{trainer: nnUNetTrainerPLOP, pseudo_labels: online}",
+    "imprinted": "{trainer: nnUNetTrainerPGCD, new_rows: prototypes}",
     "fused": "{trainer: nnUNetTrainerPGCD, fusion: auto}",
 }
 EXTRA = "variants: {" + ", ".join(f"{name}: {changes}" for name, changes in VARIANTS.items()) + "}"
@@ -125,3 +126,21 @@ def test_entropy_rule_needs_offline_pseudo_labels(chain):
     with pytest.raises(ValueError, match="PLOP: got pseudo_labels 'online', expected 'offline'"):
         trainer_of(chain, 2, "plop_online").on_train_start()
     assert not (fold_of(chain, 2, "plop_online") / "checkpoint_final.pth").exists()
+
+
+def test_imprinted_rows_start_from_prototypes_and_a_resumed_run_keeps_its_own(chain):
+    plain, imprinted = trainer_of(chain, 2, "pgcd"), trainer_of(chain, 2, "imprinted")
+    for trainer in (plain, imprinted):
+        trainer.on_train_start()
+    ours, theirs = imprinted.network.state_dict(), plain.network.state_dict()
+    changed = {key for key, value in ours.items() if not torch.equal(value, theirs[key])}
+    assert changed
+    assert all("seg_layers" in key for key in changed)
+    imprinted.on_epoch_start()
+    imprinted.on_train_epoch_start()
+    imprinted.on_train_epoch_end([imprinted.train_step(next(imprinted.dataloader_train))])
+    expected = imprinted.network.decoder.seg_layers[-1].bias.clone()
+    imprinted.save_checkpoint(str(fold_of(chain, 2, "imprinted") / "checkpoint_latest.pth"))
+    again = trainer_of(chain, 2, "imprinted", resume=True)
+    again.on_train_start()
+    assert torch.equal(again.network.decoder.seg_layers[-1].bias, expected)

@@ -110,6 +110,11 @@ class Objective(nn.Module):
         share = self.settings["fusion"]
         return automatic_share(self.n_old, self.n_classes) if share == "auto" else float(share or 0)
 
+    @property
+    def imprints(self) -> bool:
+        """Whether the head's new rows start from the prototypes of their classes (``imprinting``)."""
+        return self.uses_prototypes and self.settings["new_rows"] == "prototypes"
+
     def labelled_new(self, labels: torch.Tensor) -> torch.Tensor:
         """Mask of the voxels that are labelled as one of the new classes."""
         return (labels >= self.n_old) & (labels < self.n_classes)
