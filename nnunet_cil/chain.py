@@ -6,10 +6,13 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from nnunet_cil import nnunet_api
 from nnunet_cil.environment import trainers_dir
@@ -108,6 +111,27 @@ class Chain:
             chain._abandoned = abandoned
         chain.content = {"name": schedule.name, "schedule": schedule.to_dict(), **_without(chain.content, "schedule")}
         return chain
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other runs off this chain; the lock goes with the process, however it ends.
+
+        Raises:
+            RuntimeError: another process has it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise RuntimeError(
+                f"{self.folder}: got a chain that another nnunet-cil is working on, expected none. Wait for it, or end "
+                "it: the same command then goes on from there."
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def save(self) -> None:
         """Write ``chain.json``."""

@@ -55,7 +55,8 @@ def ablated_methods(schedule: Schedule) -> list[str]:
 def prepare(schedule: Schedule, methods: Sequence[str], seeds: Sequence[int | None]) -> list[str]:
     """Make all datasets and plans; returns the ``nnUNetv2_train`` lines to type, in their order."""
     chain = Chain.open(schedule)
-    variants = _prepared_variants(chain, methods, seeds)
+    with chain.locked():
+        variants = _prepared_variants(chain, methods, seeds)
     lines = {}
     for variant, step, fold in _trainings(chain, variants):
         lines[shlex.join(["nnUNetv2_train", *_arguments(chain, variant, step, fold)])] = None
@@ -68,6 +69,12 @@ def run(schedule: Schedule, methods: Sequence[str], seeds: Sequence[int | None])
     Interrupted at any time, the same call goes on: a training from its last checkpoint, all else from what is finished.
     """
     chain = Chain.open(schedule)
+    with chain.locked():
+        return _run(chain, methods, seeds)
+
+
+def _run(chain: Chain, methods: Sequence[str], seeds: Sequence[int | None]) -> str:
+    schedule = chain.schedule
     logger.info("chain %s in %s", schedule.name, chain.folder)
     _say_how(schedule)
     variants = _prepared_variants(chain, methods, seeds)
@@ -122,7 +129,7 @@ def evaluate(schedule: Schedule, methods: Sequence[str], seeds: Sequence[int | N
     todo = [entry for entry in _trainings(chain, variants) if chain.content["plans_name"] and chain.trained(*entry)]
     if not todo:
         raise ValueError(f"{chain.folder}: got no finished training, expected one. Start with `nnunet-cil run`.")
-    with _nnunet_output(chain):
+    with chain.locked(), _nnunet_output(chain):
         write_test_set(chain)
         for variant, step, fold in todo:
             evaluate_model(chain, variant, step, fold, device_of(schedule))

@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from itertools import combinations
 from pathlib import Path
 
@@ -410,3 +412,19 @@ def test_variants_may_be_added_to_a_chain_and_settings_of_an_older_version_may_l
     Chain.open(load_schedule(write_schedule(tmp_path / "schedule.yaml", source, extra=extra)))
     with pytest.raises(ValueError, match="another schedule"):
         Chain.open(load_schedule(write_schedule(tmp_path / "schedule.yaml", source, extra="method: {lambda_pod: 1}")))
+
+
+def test_a_chain_that_another_process_works_on_is_refused(schedule):
+    chain = Chain.open(schedule)
+    code = "import sys, time, filelock\nwith filelock.FileLock(sys.argv[1]):\n    print(1, flush=True)\n    time.sleep(60)"
+    chain.folder.mkdir(parents=True)
+    other = subprocess.Popen([sys.executable, "-c", code, str(chain.folder / ".lock")], stdout=subprocess.PIPE)
+    try:
+        other.stdout.readline()
+        with pytest.raises(RuntimeError, match="another nnunet-cil is working on"), chain.locked():
+            pass
+    finally:
+        other.kill()
+        other.communicate()
+    with chain.locked():
+        pass
