@@ -21,6 +21,7 @@ from nnunet_cil.environment import trainer_path_variable
 from nnunet_cil.evaluate import collect_scores, evaluate_model, learned_at, subject_scores, write_matrices
 from nnunet_cil.parallel import worker_count
 from nnunet_cil.precision import amp_dtype
+from nnunet_cil.report import write as report_page
 from nnunet_cil.report.figures import plot_mean_dice
 from nnunet_cil.report.paired import paired_table
 from nnunet_cil.report.table import score_table
@@ -114,6 +115,12 @@ def report(chain: Chain, variants: Sequence[Variant]) -> str:
     (chain.folder / "figures").mkdir(exist_ok=True)
     plot_mean_dice(rows, at, chain.folder / "figures" / "mean_dice.png")
     return table
+
+
+def write_report(schedule: Schedule, methods: Sequence[str], seeds: Sequence[int | None]) -> Path:
+    """Write ``report.html`` and all figures from what is there; returns the page."""
+    chain = Chain.open(schedule)
+    return report_page.write_report(chain, variants_of(chain, methods, seeds))
 
 
 def evaluate(schedule: Schedule, methods: Sequence[str], seeds: Sequence[int | None]) -> str:

@@ -16,6 +16,11 @@ def add_chain_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="METHOD",
         help="methods to run side by side on the same step 1: pgcd, finetune, joint (default: the schedule's trainer)",
     )
+    add_seeds_argument(parser)
+
+
+def add_seeds_argument(parser: argparse.ArgumentParser) -> None:
+    """--seeds."""
     parser.add_argument(
         "--seeds", nargs="+", type=int, default=[], metavar="SEED", help="seeds to run (default: the schedule's)"
     )

@@ -65,9 +65,10 @@ def run(args: argparse.Namespace) -> int:
     subjects = json.loads((old / "split.json").read_text())["test"]
     path = folder / "demo.yaml"
     path.write_text(SCHEDULE.format(subjects=subjects, device=args.device, epochs=args.epochs, seed=args.seed))
-    print(driver.run(load_schedule(path), args.methods, []))
-    results = folder / "nnUNet_results" / "chain_demo"
-    print("\nThe schedule, the scores, the table and the figure:")
-    for file in (path, results / "scores.json", results / "table.txt", results / "figures" / "mean_dice.png"):
+    schedule = load_schedule(path)
+    print(driver.run(schedule, args.methods, []))
+    page = driver.write_report(schedule, args.methods, [])
+    print("\nThe report to open in a browser, and beside it the table, the scores and the figures:")
+    for file in (page, *(page.with_name(name) for name in ("table.txt", "scores.json", "figures")), path):
         print(f"  {file}")
     return 0

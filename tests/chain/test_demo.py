@@ -66,7 +66,7 @@ def test_finetune_forgets_and_pgcd_keeps(demo):
     assert pgcd["old_mean"] > sum(before[:2]) / 2 - 0.05
     assert pgcd["new_mean"] > 0.6, "it learns the new organ, too"
     assert pgcd["mean"] > finetune["mean"] + 0.2
-    for name in ("scores.json", "table.txt", "mean_dice.png"):
+    for name in ("scores.json", "table.txt", "report.html"):
         assert name in shown
-    for line in shown.split("The schedule, the scores")[1].splitlines()[1:]:
+    for line in shown.split("The report to open")[1].splitlines()[1:]:
         assert Path(line.strip()).stat().st_size > 0

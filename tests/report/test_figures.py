@@ -98,3 +98,118 @@ def test_wrong_arguments(tmp_path):
 def test_does_not_load_pyplot():
     code = "import sys, nnunet_cil.report.figures; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+ORGANS = ["liver", "spleen", "kidney"]
+STORED = ("background", *ORGANS)
+SIMILAR = np.eye(4) - 0.2
+MANY = [f"organ_{i}" for i in range(20)]
+
+
+def _drawings(path):
+    """One call of every figure, by name."""
+    scores = {"pgcd": np.array([[0.9, 0.8, NAN], [0.7, 0.9, 0.5]]), "joint": np.full((2, 3), 0.9)}
+    terms = {"segmentation": np.array([-0.3, -0.6]), "pgcd_spatial": np.array([0.0, 0.1])}
+    rows = [PGCD, FINETUNE, JOINT]
+    return {
+        "mean_dice": lambda: figures.plot_mean_dice(rows, LEARNED_AT, path),
+        "score_matrix": lambda: figures.plot_score_matrix(rows, ORGANS, LEARNED_AT, path),
+        "forgetting": lambda: figures.plot_forgetting(rows, {"pgcd": [PGCD.R, PGCD.R]}, ORGANS, LEARNED_AT, path),
+        "subjects": lambda: figures.plot_subjects(scores, ORGANS, "Dice (%)", path),
+        "loss_terms": lambda: figures.plot_loss_terms({"step 2": terms, "step 3": terms}, path),
+        "one_training": lambda: figures.plot_loss_terms({"step 2": terms}, path),
+        "no_other_terms": lambda: figures.plot_loss_terms({"step 2": {"segmentation": np.ones(3)}}, path),
+        "similarity": lambda: figures.plot_similarity({"pgcd": (STORED, SIMILAR)}, ORGANS, path),
+        "drift": lambda: figures.plot_drift({"pgcd": {"background": np.ones(2), "liver": np.ones(2)}}, ORGANS, path),
+    }
+
+
+@pytest.mark.parametrize("name", _drawings(None))
+def test_every_figure_is_written_twice_or_not_at_all(tmp_path, monkeypatch, name):
+    _drawings(tmp_path / "figures" / "f.png")[name]()
+    assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == ["f.pdf", "f.png"]
+    with pytest.raises(ValueError, match=r"ends in \.png"):
+        _drawings(tmp_path / "f.jpg")[name]()
+
+    def broken(self, target, **options):
+        target.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Figure, "savefig", broken)
+    with pytest.raises(OSError, match="disk full"):
+        _drawings(tmp_path / "other" / "f.png")[name]()
+    assert not list((tmp_path / "other").iterdir())
+
+
+def test_heat_map_leaves_out_what_is_not_learned_and_marks_what_is_missing(tmp_path, drawn):
+    R = np.array([[0.9, NAN, NAN], [0.5, 0.2, 0.7], [NAN] * 3])
+    figures.plot_score_matrix([Row("pgcd", R)], ORGANS, LEARNED_AT, tmp_path / "f.png")
+    axes = drawn[0].axes[0]
+    assert sorted(text.get_text() for text in axes.texts) == ["20", "50", "70", "90"]
+    assert [patch.get_xy() for patch in axes.patches] == [(1, 0)]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["step 1", "step 2"]
+
+
+def test_forgetting_is_that_of_the_table(tmp_path, drawn):
+    figures.plot_forgetting([PGCD, FINETUNE, JOINT], {}, ORGANS, LEARNED_AT, tmp_path / "f.png")
+    axes = drawn[0].axes[0]
+    shown = [line.get_xdata().tolist() for line in axes.get_lines() if line.get_marker() in ("o", "s")]
+    np.testing.assert_allclose(sorted(x for xs in shown for x in xs if len(xs) == 2), [0, 0, 80, 90])
+    assert [label.get_text() for label in axes.get_yticklabels()] == ORGANS[:2]
+
+
+def test_much_forgetting_is_a_heat_map(tmp_path, drawn):
+    R = np.array([[0.9] * 20 + [NAN], [0.4] * 20 + [0.9]])
+    rows = [Row(method, R) for method in ("pgcd", "finetune", "lwf")]
+    figures.plot_forgetting(rows, {}, [*MANY, "last"], [1] * 20 + [2], tmp_path / "f.png")
+    assert {text.get_text() for text in drawn[0].axes[0].texts} == {"50"}
+    assert figures.forgetting_is_matrix(3, 20)
+    assert not figures.forgetting_is_matrix(3, 4)
+
+
+def test_nothing_to_draw(tmp_path):
+    with pytest.raises(ValueError, match="no forgetting"):
+        figures.plot_forgetting([JOINT], {}, ORGANS, LEARNED_AT, tmp_path / "f.png")
+    with pytest.raises(ValueError, match="no method"):
+        figures.plot_subjects({}, ORGANS, "Dice (%)", tmp_path / "f.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_boxes_stand_on_as_many_lines_as_they_need(tmp_path, drawn):
+    scores = {f"method_{i}": np.full((2, 20), 50.0) for i in range(5)}
+    figures.plot_subjects(scores, MANY, "HD95 (mm)", tmp_path / "f.png")
+    labels = [[label.get_text() for label in axes.get_xticklabels()] for axes in drawn[0].axes]
+    assert [name for line in labels for name in line] == MANY
+    assert len(labels) > 1
+
+
+def test_terms_that_are_not_positive_are_left_out_of_the_logarithmic_axis(tmp_path, drawn):
+    terms = {"segmentation": np.array([-0.3, -0.6]), "ewc": np.array([0.0, 0.1])}
+    figures.plot_loss_terms({"step 2": terms}, tmp_path / "f.png")
+    segmentation, others = drawn[0].axes
+    np.testing.assert_allclose(segmentation.get_lines()[0].get_ydata(), [-0.3, -0.6])
+    np.testing.assert_allclose(others.get_lines()[0].get_ydata(), [NAN, 0.1])
+    assert others.get_yscale() == "log"
+
+
+def test_drift_needs_two_measured_steps(tmp_path, drawn):
+    found = {"liver": np.array([0.0, 1.0, NAN]), "spleen": np.array([NAN, 0.0, NAN])}
+    figures.plot_drift({"pgcd": found}, ORGANS, tmp_path / "f.png")
+    lines = drawn[0].axes[0].get_lines()
+    assert [line.get_label() for line in lines] == ["liver"]
+    np.testing.assert_allclose(lines[0].get_xydata(), [[1, 0], [2, 1]])
+
+
+def test_odd_names(tmp_path, drawn):
+    figures.plot_subjects({"_m$x$": np.ones((2, 1))}, ["_a$b$ <b>&"], "Dice (%)", tmp_path / "f.png")
+    assert drawn[0].legends[0].get_texts()[0].get_text() == " _m\\$x\\$"
+    assert drawn[0].axes[0].get_xticklabels()[0].get_text() == " _a\\$b\\$ <b>&"
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_no_name_is_cut_off(tmp_path, drawn):
+    names = [f"a_rather_long_name_{i}" for i in range(14)]
+    figures.plot_drift({"pgcd": {name: np.arange(3.0) for name in names}}, names, tmp_path / "f.png")
+    legend, figure = drawn[0].legends[0], drawn[0]
+    assert len(legend.get_texts()) == 14
+    assert legend.get_window_extent().x1 <= figure.bbox.x1

@@ -1,0 +1,28 @@
+"""``nnunet-cil ablate``: the chain's own method with one part of it left out at a time."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from nnunet_cil.cli.common import add_seeds_argument
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add the subcommand."""
+    parser = subparsers.add_parser("ablate", help="run the chain's method with one part of it left out at a time")
+    parser.add_argument("schedule", type=Path, help="YAML file that says what is learned when")
+    add_seeds_argument(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the subcommand; returns the exit status."""
+    from nnunet_cil import driver
+    from nnunet_cil.schedule import load_schedule
+
+    schedule = load_schedule(args.schedule)
+    methods = driver.ablated_methods(schedule)
+    print(driver.run(schedule, methods, args.seeds))
+    print(f"\nReport: {driver.write_report(schedule, methods, args.seeds)}")
+    return 0

@@ -1,0 +1,26 @@
+"""``nnunet-cil compare``: every method on the same data, plans, seeds and step 1."""
+
+from __future__ import annotations
+
+import argparse
+
+from nnunet_cil.cli.common import add_chain_arguments
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add the subcommand."""
+    parser = subparsers.add_parser("compare", help="run several methods side by side and report the differences")
+    add_chain_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the subcommand; returns the exit status."""
+    from nnunet_cil import driver
+    from nnunet_cil.schedule import load_schedule
+
+    schedule = load_schedule(args.schedule)
+    methods = args.methods or driver.compared_methods(schedule)
+    print(driver.run(schedule, methods, args.seeds))
+    print(f"\nReport: {driver.write_report(schedule, methods, args.seeds)}")
+    return 0

@@ -1,0 +1,82 @@
+"""Colours of organs and methods: told apart by colour-blind readers, and the same in every figure.
+
+Okabe and Ito's colours come first, then those of Paul Tol's "muted" scheme. Colour never stands alone: an organ also
+has a kind of line and a hatch, a method a marker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+BACKGROUND_COLOUR = "#767676"
+TERM_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255")
+
+_ORGAN_FIRST = ("#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#F0E442", "#0072B2")
+_ORGAN_FURTHER = ("#44AA99", "#882255", "#999933", "#CC6677", "#88CCEE", "#AA4499", "#DDCC77")
+_ORGAN_COLOURS = (*_ORGAN_FIRST, *_ORGAN_FURTHER)
+
+_METHODS = {
+    "pgcd": ("#0072B2", "o"),
+    "finetune": ("#D55E00", "s"),
+    "joint": ("#000000", "*"),
+    "pseudo": ("#009E73", "^"),
+    "mib": ("#E69F00", "D"),
+    "plop": ("#CC79A7", "v"),
+    "pseudokd": ("#56B4E9", "P"),
+    "lwf": ("#999999", "X"),
+    "ilt": ("#882255", "<"),
+    "ewf": ("#44AA99", ">"),
+    "ewc": ("#332288", "p"),
+    "replay": ("#999933", "h"),
+}
+_FURTHER_METHODS = (
+    ("#AA4499", "d"),
+    ("#117733", "H"),
+    ("#CC6677", "8"),
+    ("#88CCEE", "s"),
+    ("#661100", "^"),
+    ("#DDCC77", "D"),
+    ("#6699CC", "v"),
+    ("#888888", "P"),
+    ("#44AA99", "X"),
+)
+
+
+@dataclass(frozen=True)
+class OrganStyle:
+    """Look of an organ: colour, kind of line, and hatch of areas ("" for none)."""
+
+    colour: str
+    line: str
+    hatch: str
+
+
+def organ_style(index: int) -> OrganStyle:
+    """Style of the class with this place, from 0, in the order learned.
+
+    The first seven are plain, the next seven dashed and hatched in other colours; after that the colours come again,
+    dotted.
+    """
+    line, hatch = "-", ""
+    if index >= len(_ORGAN_FIRST):
+        line, hatch = "--", "////"
+    if index >= len(_ORGAN_COLOURS):
+        line, hatch = ":", "...."
+    return OrganStyle(_ORGAN_COLOURS[index % len(_ORGAN_COLOURS)], line, hatch)
+
+
+def plain_organs() -> int:
+    """Number of organs that colour alone tells apart."""
+    return len(_ORGAN_FIRST)
+
+
+def method_styles(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Colour and marker by method.
+
+    A known method keeps its own whatever stands beside it; any other keeps its own among the same methods.
+    """
+    keys = {method: method.lower().replace("_", "") for method in methods}
+    unknown = sorted({key for key in keys.values() if key not in _METHODS})
+    further = {key: _FURTHER_METHODS[i % len(_FURTHER_METHODS)] for i, key in enumerate(unknown)}
+    return {method: (_METHODS | further)[key] for method, key in keys.items()}

@@ -1,0 +1,484 @@
+"""The report as one page of HTML that needs nothing but itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from html import escape
+
+import numpy as np
+import yaml
+
+from nnunet_cil import metrics
+from nnunet_cil.chain import JOINT
+from nnunet_cil.report import provenance
+from nnunet_cil.report.collect import Collected, Model, last_scores
+from nnunet_cil.report.colours import method_styles
+from nnunet_cil.report.gallery import Shelf
+from nnunet_cil.report.parts import (
+    chip,
+    code,
+    details,
+    element,
+    figure,
+    method_name,
+    missing,
+    organ,
+    paragraph,
+    section,
+    table,
+)
+from nnunet_cil.report.style import STYLE
+from nnunet_cil.report.table import Row
+from nnunet_cil.report.words import (
+    STATUS_WORDS,
+    Outcome,
+    against_joint,
+    fate_of_new,
+    fate_of_old,
+    last_scored_step,
+    listed,
+    method_words,
+    outcomes,
+)
+
+_CARDS_WITH_ORGANS = 4  # methods; the organs of more stand in one table
+_SUMMARY = {
+    "old_mean": ("earlier organs", "%", True),
+    "new_mean": ("new organs", "%", True),
+    "mean": ("all organs", "%", True),
+    "average_incremental_mean": ("all steps", "%", True),
+    "forgetting": ("forgetting", "points", False),
+    "backward_transfer": ("change since learned", "points", True),
+    "plasticity": ("when just learned", "%", True),
+}
+_GLOSSARY = {
+    "Dice": "How well a model's outline of an organ overlaps the expert's: 0 is not at all, 100 is the same.",
+    "HD95": "95th percentile of the distances between the two outlines, in mm: 0 is best. It does not exist where an "
+    "organ was not found at all.",
+    "NSD": "Share of the outlines that lie within a tolerance of each other: 100 is best.",
+    "Step": "One round of training, which learns new organs; the labels of earlier organs are not there any more.",
+    "Earlier organs, new organs": "Mean Dice after the last step over the organs of the steps before it, and over "
+    "those of the last step.",
+    "All steps": "Mean, over all steps, of the mean Dice over the organs learned so far.",
+    "Forgetting": "Points of Dice that an organ has fallen from its best score before the last step; low is good.",
+    "Change since learned": "Dice after the last step minus Dice when the organ was just learned (backward transfer).",
+    "When just learned": "Mean Dice of the organs of steps 2 and later, each when just learned (plasticity).",
+    "Test subject": "A person whose scans no step has been trained on. Every number comes from them.",
+    "Seed": "The number from which chance starts in a training; several show how much a result varies.",
+    "Prototype": "The average of the network's features over all voxels of an organ.",
+}
+
+
+def page(found: Collected, shelves: Mapping[str, Shelf], commands: Sequence[str], scale: float = 1.0) -> str:
+    """The whole page.
+
+    Args:
+        found: what the report shows.
+        shelves: from `gallery.draw_all`.
+        commands: lines that make these results and this report anew.
+        scale: of the figures, below 1 for a smaller file.
+    """
+    numbers = iter(range(1, 1000))
+    titles = {
+        "summary": "In short",
+        "numbers": "Scores",
+        "scores": "Step by step",
+        "subjects": "Subjects",
+        "pictures": "Pictures",
+        "training": "Training",
+        "prototypes": "Prototypes",
+        "made": "How this was made",
+    }
+    bodies = {
+        "summary": _summary(found),
+        "numbers": _numbers(found),
+        **{
+            name: "".join(figure(file, next(numbers), scale) for file in shelf.figures) + missing(shelf.missing)
+            for name, shelf in shelves.items()
+        },
+        "made": _made(found, commands),
+    }
+    contents = "".join(f'<li><a href="#{name}">{escape(title)}</a></li>' for name, title in titles.items())
+    sections = "".join(section(name, title, bodies[name]) for name, title in titles.items())
+    name = escape(found.name)
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{name}: learning organs step by step</title>
+<link rel="icon" href="data:,">
+<style>{STYLE}</style>
+</head>
+<body>
+<a class="skip" href="#main">Skip to the content</a>
+<header>
+<p class="kicker">Report of nnunet-cil</p>
+<h1>{name}</h1>
+{paragraph(_lead(found), "lead")}
+<nav aria-label="Contents"><ul>{contents}</ul></nav>
+</header>
+<main id="main" tabindex="-1">
+{sections}
+</main>
+<footer><p>Written on {datetime.now(timezone.utc):%Y-%m-%d} by nnunet-cil. Research software, not for clinical use.</p>
+</footer>
+</body>
+</html>
+"""
+
+
+def _count(n: int, word: str) -> str:
+    return f"{n} {word}{'' if n == 1 else 's'}"
+
+
+def _lead(found: Collected) -> str:
+    n_test = len(found.test.get("cases", {}))
+    seeds = list(dict.fromkeys(str(run.seed) for run in found.runs))
+    parts = [
+        f"A network learned {_count(len(found.classes), 'organ')} in {_count(found.n_steps, 'step')}.",
+        (f"{len(found.methods)} methods are compared" if len(found.methods) > 1 else "One method is tested")
+        + (f" on {_count(n_test, 'test subject')}" if n_test else "")
+        + (f", with {_count(len(seeds), 'seed')} each" if seeds else "")
+        + ".",
+    ]
+    scored = sum(model.scores is not None for model in found.models)
+    if scored < len(found.models):
+        parts.append(f"This is not finished: {scored} of {len(found.models)} models are scored so far.")
+    return " ".join(parts)
+
+
+def _summary(found: Collected) -> str:
+    by_step = [
+        f"Step {t}: "
+        + ", ".join(organ(c, found.classes) for c, at in zip(found.classes, found.learned_at, strict=True) if at == t)
+        for t in range(1, found.n_steps + 1)
+    ]
+    order = element("ol", "".join(element("li", step) for step in by_step), class_="order")
+    if not found.rows:
+        return order + missing(["Nothing is scored yet, so there is nothing to tell. `nnunet-cil run` goes on."])
+    rows = {row.method: row for row in found.rows}
+    by_method = {
+        method: outcomes(row.R, found.classes, found.learned_at) for method, row in rows.items() if method != JOINT
+    }
+    joint = rows.get(JOINT)
+    many = len(by_method) > _CARDS_WITH_ORGANS
+    cards = [_card(rows[method], what, joint, found, many) for method, what in by_method.items()]
+    cards += [_joint_card(joint, found, many)] if joint else []
+    brief = _organ_table(by_method, joint, found) if many else ""
+    words = "".join(f"<dt>{chip(status)}</dt><dd>{escape(text)}.</dd>" for status, text in STATUS_WORDS.items())
+    return "".join(
+        [
+            _headline(by_method),
+            order,
+            element("div", "".join(cards), class_="cards"),
+            brief,
+            paragraph(
+                "Numbers are Dice, from 0 (not found) to 100 (same outline as the expert's): when the organ was just "
+                f"learned → after the last step; means over {_means_over(found)}. A few points of difference can be "
+                "chance: see the figures.",
+                "quiet",
+            ),
+            details("When an organ counts as kept, weakened or lost", f"<dl>{words}</dl>"),
+            details(
+                "Words used in this report",
+                element("dl", "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in _GLOSSARY.items())),
+            ),
+        ]
+    )
+
+
+def _means_over(found: Collected) -> str:
+    n_test, n_runs = len(found.test.get("cases", {})), max(row.seeds for row in found.rows)
+    subjects = _count(n_test, "test subject") if n_test else "the test subjects"
+    return subjects + (f" and up to {n_runs} runs" if n_runs > 1 else "")
+
+
+def _headline(by_method: Mapping[str, Sequence[Outcome]]) -> str:
+    lines = []
+    for method, what in by_method.items():
+        fates = [fate for fate in (fate_of_old(what), fate_of_new(what)) if fate]
+        if fates:
+            lines.append(element("li", f"<strong>{escape(method)}</strong> {escape('; it '.join(fates))}."))
+    return element("ul", "".join(lines), class_="lead") if lines else ""
+
+
+def _numbers_of(o: Outcome) -> str:
+    if o.status == "still to come":
+        return ""
+    return _hundred(o.after) if math.isnan(o.before) else f"{_hundred(o.before)} → {_hundred(o.after)}"
+
+
+def _card(row: Row, what: Sequence[Outcome], joint: Row | None, found: Collected, brief: bool) -> str:
+    last = last_scored_step(row.R)
+    beside = against_joint(row.R, joint.R, found.learned_at) if joint else ""
+    so_far = "" if last == len(row.R) else f" after step {last} of {len(row.R)}"
+    statuses = [o.status for o in what]
+    counts = "".join(f"{chip(s, statuses.count(s))} " for s in STATUS_WORDS if s in statuses)
+    lines = [[organ(o.organ, found.classes), chip(o.status), _numbers_of(o)] for o in what]
+    return _article(
+        row, last, so_far + (f", {beside}" if beside else ""), counts if brief else _organ_list(lines), found
+    )
+
+
+def _joint_card(row: Row, found: Collected, brief: bool) -> str:
+    values = zip(found.classes, row.R[-1].tolist(), strict=True)
+    lines = [[organ(name, found.classes), "", _hundred(value)] for name, value in values]
+    return _article(row, len(row.R), "", "" if brief else _organ_list(lines), found)
+
+
+def _organ_list(lines: Sequence[Sequence[str]]) -> str:
+    return element(
+        "ul",
+        "".join(
+            element("li", element("span", name, class_="organ") + status + element("span", value, class_="numbers"))
+            for name, status, value in lines
+        ),
+    )
+
+
+def _article(row: Row, step: int, beside: str, content: str, found: Collected) -> str:
+    mean = _hundred(metrics.mean(row.R, found.learned_at, step))
+    head = (
+        element("h3", method_name(row.method, found.methods))
+        + paragraph(_words_on(row.method, found), "quiet")
+        + element("p", f'<span class="big">{mean}</span> mean Dice{escape(beside)}')
+    )
+    accent = f"--accent:{method_styles(found.methods)[row.method][0]}"
+    return element("article", head + content, class_="card", style=accent)
+
+
+def _organ_table(by_method: Mapping[str, Sequence[Outcome]], joint: Row | None, found: Collected) -> str:
+    """What became of each organ under each method, where cards would be too long."""
+    header = ["organ", *(method_name(method, found.methods) for method in by_method)]
+    lines = []
+    for c, name in enumerate(found.classes):
+        cells = [f"{chip(what[c].status)}<br><small>{_numbers_of(what[c])}</small>" for what in by_method.values()]
+        lines.append([organ(name, found.classes), *cells, *([_hundred(joint.R[-1, c])] if joint else [])])
+    header += [method_name(JOINT, found.methods)] if joint else []
+    return table("What became of each organ", header, lines)
+
+
+def _words_on(method: str, found: Collected) -> str:
+    own = ", ".join(f"{key} {value}" for key, value in found.own_settings.get(method, {}).items())
+    return method_words(method) or (f"The schedule's method, with {own}" if own else "")
+
+
+def _hundred(value: float, spread: float = math.nan, sign: str = "") -> str:
+    if math.isnan(value):
+        return "n/a"
+    text = f"{round(100 * value, 1) + 0.0:{sign}.1f}"
+    return text if math.isnan(spread) else f"{text} <small>±{100 * spread:.1f}</small>"
+
+
+def _numbers(found: Collected) -> str:
+    if not found.rows:
+        return missing(["Nothing is scored yet."])
+    by_step = []
+    for row in found.rows:
+        scored = np.flatnonzero(~np.isnan(row.R).all(1))
+        lines = [
+            [f"{t + 1}", *(_cell(row, t, c, found) for c in range(len(found.classes))), _mean_cell(row, t, found)]
+            for t in scored.tolist()
+        ]
+        header = ["step", *(organ(name, found.classes) for name in found.classes), "all organs"]
+        by_step.append(table(f"{row.method}: Dice (%) by step", header, lines))
+    tables = [_last_table(found), _paired_table(found), _surface_table(found)]
+    return "".join([*tables, details("Dice after every step", "".join(by_step))])
+
+
+def _mean_cell(row: Row, t: int, found: Collected) -> str:
+    return _hundred(metrics.mean(row.R, found.learned_at, t + 1))
+
+
+def _cell(row: Row, t: int, c: int, found: Collected) -> str:
+    if found.learned_at[c] > t + 1:
+        return ""
+    return _hundred(row.R[t, c], math.nan if row.R_std is None else row.R_std[t, c])
+
+
+def _last_table(found: Collected) -> str:
+    """Dice of each organ after the last step, and the scores of the chain; the best method of each column is bold."""
+    compared = [i for i, row in enumerate(found.rows) if row.method != JOINT]
+    summaries = [metrics.summary(row.R, found.learned_at) for row in found.rows]
+    organs = np.array([[*row.R[-1], summary["mean"]] for row, summary in zip(found.rows, summaries, strict=True)])
+    spreads = [math.nan if row.R_std is None else row.R_std[-1] for row in found.rows]
+    header = ["method", "runs", *(f"{organ(name, found.classes)}<br><small>%</small>" for name in found.classes)]
+    header.append("all organs<br><small>%</small>")
+    lines = [
+        [method_name(row.method, found.methods), str(row.seeds), *cells]
+        for row, cells in zip(
+            found.rows, _cells(organs, np.full(organs.shape[1], True), compared, spreads), strict=True
+        )
+    ]
+    note = "Bold: best of the methods that learn step by step. " if len(compared) > 1 else ""
+    if any(row.R_std is not None for row in found.rows):
+        note += "±: standard deviation over runs. "
+    parts = [table("Dice of each organ after the last step", header, lines)]
+    chain = np.array([[summary[key] for key in _SUMMARY] for summary in summaries])
+    better = np.array([up for _, _, up in _SUMMARY.values()])
+    header = ["method", *(f"{escape(name)}<br><small>{unit}</small>" for name, unit, _ in _SUMMARY.values())]
+    lines = [
+        [method_name(row.method, found.methods), *cells]
+        for row, cells in zip(found.rows, _cells(chain, better, compared), strict=True)
+    ]
+    parts.append(table("Keeping the old and learning the new", header, lines))
+    return "".join(parts) + paragraph(note + "n/a: does not exist.", "quiet")
+
+
+def _cells(
+    values: np.ndarray, better: np.ndarray, compared: Sequence[int], spreads: Sequence[np.ndarray | float] = ()
+) -> list[list[str]]:
+    """A table's numbers as text; the best of the compared lines in each column is bold, if there are several."""
+    best = _best(values[list(compared)], better) if len(compared) > 1 else np.full(values.shape[1], np.nan)
+    lines = []
+    for i, line in enumerate(values):
+        cells = []
+        for j, value in enumerate(line.tolist()):
+            spread = spreads[i][j] if len(spreads) and np.ndim(spreads[i]) and j < len(spreads[i]) else math.nan
+            text = _hundred(value, spread)
+            is_best = i in compared and round(value, 3) == round(best[j], 3)
+            cells.append(element("strong", text) if is_best else text)
+        lines.append(cells)
+    return lines
+
+
+def _best(values: np.ndarray, better: np.ndarray) -> np.ndarray:
+    """(C,) the best of each column, the largest where ``better`` is true; NaN where there is none."""
+    upright = np.where(better, values, -values)
+    top = np.where(np.isnan(upright), -np.inf, upright).max(0)
+    return np.where(np.isinf(top), np.nan, np.where(better, top, -top))
+
+
+def _paired_table(found: Collected) -> str:
+    """Differences to the reference over the same subjects, with intervals; "" where there is nothing to compare."""
+    reference = found.paired.get("reference", "")
+    words = {"all": "all organs", "old": "earlier organs", "new": "new organs"}
+    lines, notes = [], []
+    for method, groups in found.paired.get("dice", {}).items():
+        for group, entry in groups.items():
+            low, high, p = (math.nan if entry[key] is None else entry[key] for key in ("low", "high", "p_value"))
+            mean = math.nan if entry["mean"] is None else entry["mean"]
+            interval = "n/a" if math.isnan(low) else f"{_hundred(low, sign='+')} to {_hundred(high, sign='+')}"
+            p_text = "n/a" if math.isnan(p) else "&lt; 0.001" if p < 0.001 else f"{p:.3f}"
+            name = f"{method_name(method, found.methods)}, {words.get(group, group)}"
+            lines.append([name, _hundred(mean, sign="+"), interval, p_text, str(entry["n_subjects"])])
+            if entry["note"]:
+                notes.append(f"{method}, {words.get(group, group)}: {entry['note']}.")
+    if not lines:
+        return ""
+    note = (
+        f"Points of Dice more (+) or less (-) than {reference} after the last step, subject by subject. An interval "
+        "that holds 0 can be chance. p: Wilcoxon signed-rank test, not corrected for the number of comparisons."
+    )
+    header = ["method", "difference", "95 % interval", "p", "subjects"]
+    content = table(f"Difference to {reference}", header, lines) + paragraph(note, "quiet") + missing(notes)
+    return details(f"Is the difference to {reference} more than chance?", content)
+
+
+def _surface_table(found: Collected) -> str:
+    """Distances and surface overlap after the last step, with the number of subjects that have one."""
+    header = ["method", *(organ(name, found.classes) for name in found.classes)]
+    parts = []
+    for score, title, factor in (
+        ("hd95_mm", "HD95 after the last step, mm: lower is better", 1),
+        (
+            "nsd",
+            f"Surface overlap (NSD) after the last step, % within {found.nsd_tolerance_mm:g} mm: higher is better",
+            100,
+        ),
+    ):
+        lines = []
+        for method in found.methods:
+            cases, values = last_scores([r for r in found.runs if r.method == method], found.classes, score)
+            if not np.isnan(values).all():
+                cells = [_mean_of(factor * values[:, c], len(cases)) for c in range(len(found.classes))]
+                lines.append([method_name(method, found.methods), *cells])
+        if lines:
+            parts.append(table(title, header, lines))
+    if not parts:
+        return ""
+    note = (
+        "Means over the test subjects that have a value; (a of b): only so many have one, as the organ was not found."
+    )
+    return details("Distances between the outlines", "".join(parts) + paragraph(note, "quiet"))
+
+
+def _mean_of(values: np.ndarray, n_cases: int) -> str:
+    present = values[~np.isnan(values)]
+    if not present.size:
+        return "n/a"
+    few = f" <small>({present.size} of {n_cases})</small>" if present.size < n_cases else ""
+    return f"{present.mean():.1f}{few}"
+
+
+def _made(found: Collected, commands: Sequence[str]) -> str:
+    models = found.models
+    trainings = "\n".join(model.train_command for model in models)
+    predictions = "\n".join(model.predict_command for model in models)
+    settings = yaml.safe_dump(provenance.without_folders(dict(found.schedule)), sort_keys=False, allow_unicode=True)
+    test_hash = f" The list of test subjects has the sha256 {found.test_sha256}." if found.test_sha256 else ""
+    seeds = listed(list(dict.fromkeys(str(run.seed) for run in found.runs))) or "none"
+    where = f"TEST_IMAGES is $nnUNet_results/chain_{found.name}/test/images"
+    return "".join(
+        [
+            "<h3>Commands</h3>",
+            code("\n".join(commands), "Commands"),
+            details("Every training, as plain nnU-Net commands", code(trainings, "Training commands")),
+            details(f"Every prediction; {where}", code(predictions, "Prediction commands")),
+            "<h3>Seeds and data</h3>",
+            paragraph(
+                f"Seeds {seeds}; folds {listed([str(fold) for fold in found.schedule['folds']])}. "
+                f"{_count(len(found.test.get('cases', {})), 'test subject')}.{test_hash} "
+                f"The schedule file {found.schedule_file.name} has the sha256 {found.schedule_sha256}."
+            ),
+            details("All settings in force", code(settings, "Settings")),
+            "<h3>Models</h3>",
+            table(
+                "Hash and cost of each model",
+                ["model", "state", "checkpoint, sha256", "time", "per iteration", "memory", "GPU memory", "trained on"],
+                [_model_line(model, found.methods) for model in models],
+                "text",
+            ),
+            "<h3>Versions and machine</h3>",
+            element(
+                "div",
+                _pairs("Installed where the report was written", provenance.versions())
+                + _pairs("Machine that wrote the report", provenance.machine()),
+                class_="side",
+            ),
+            missing(found.problems),
+        ]
+    )
+
+
+def _pairs(title: str, pairs: Mapping[str, str]) -> str:
+    return table(title, ["what", "which"], [[escape(key), escape(value)] for key, value in pairs.items()], "text")
+
+
+def _model_line(model: Model, methods: Sequence[str]) -> list[str]:
+    which = f"seed {model.seed}, fold {model.fold}"
+    name = "all organs" if model.step == JOINT else f"step {model.step}"
+    state = "scored" if model.scores is not None else "trained" if model.trained else "not trained yet"
+    seconds, each = model.cost.get("seconds_training"), model.cost.get("seconds_per_iteration")
+    memory, gpu_memory = (model.cost.get(key) for key in ("peak_memory_bytes", "peak_gpu_memory_bytes"))
+    return [
+        f"{method_name(model.method, methods)}, {name} <small>{escape(which)}</small>",
+        state,
+        element("code", escape(model.checkpoint_sha256[:16])) if model.checkpoint_sha256 else "",
+        _duration(seconds) if seconds is not None else "",
+        f"{each:.2f} s" if each is not None else "",
+        *(f"{size / 2**30:.1f} GiB" if size is not None else "" for size in (memory, gpu_memory)),
+        escape(", ".join(f"torch {v}" if k == "torch" else v for k, v in model.machine.items())),
+    ]
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"

@@ -1,0 +1,159 @@
+"""What became of each organ, in words: the summary that a report opens with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nnunet_cil import metrics
+
+KEPT_WITHIN = 0.03
+LOST_SHARE = 0.5
+LEARNED_FROM = 0.5
+NOT_LEARNED_BELOW = 0.1
+NAMED = 3
+
+STATUS_WORDS = {
+    "kept": f"at most {100 * KEPT_WITHIN:.0f} points from what it was when just learned",
+    "improved": f"more than {100 * KEPT_WITHIN:.0f} points higher than when just learned",
+    "weakened": f"more than {100 * KEPT_WITHIN:.0f} points lower, but at least half of what it was",
+    "lost": "less than half of what it was",
+    "learned": f"new in the last step, with {100 * LEARNED_FROM:.0f} or more",
+    "partly learned": f"new in the last step, with {100 * NOT_LEARNED_BELOW:.0f} to {100 * LEARNED_FROM:.0f}",
+    "not learned": f"below {100 * NOT_LEARNED_BELOW:.0f} when it should have been learned",
+    "still to come": "a later step learns it",
+    "not scored": "no test subject has it labelled, or its model is not scored yet",
+}
+
+METHOD_WORDS = {
+    "pgcd": "Prototype-guided calibration and dual-aligned distillation: the method this package is about",
+    "finetune": "Trained on the new organs only; nothing protects the old ones",
+    "joint": "One model trained on all organs at once, with every label: what is within reach without forgetting",
+    "pseudo": "The previous model labels the old organs on the new scans",
+    "pseudokd": "The previous model labels the old organs, and the new one is held to its predictions",
+    "mib": "MiB: distillation that allows for old organs hidden in the background",
+    "plop": "PLOP: pseudo-labels, and features that are held at several scales",
+    "lwf": "LwF: the new model is held to the old one's predictions",
+    "ilt": "ILT: the new model is held to the old one's predictions and features",
+    "ewf": "EWF: the weights of the old and the new model are averaged",
+    "ewc": "EWC: weights that mattered for the old organs may change little",
+    "replay": "Some old scans, with their labels, are trained on again",
+}
+
+
+def method_words(method: str) -> str:
+    """One line on what a method does; empty for a method we do not know."""
+    return METHOD_WORDS.get(method.lower().replace("_", ""), "")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of an organ under a method.
+
+    Attributes:
+        organ: its name.
+        step: 1-based step that learns it.
+        before: Dice in [0, 1] when just learned; NaN for an organ of the last scored step, and where it is not scored.
+        after: Dice after the last scored step; NaN where there is none.
+        status: a key of ``STATUS_WORDS``.
+    """
+
+    organ: str
+    step: int
+    before: float
+    after: float
+    status: str
+
+
+def last_scored_step(R: NDArray[np.floating]) -> int:
+    """1-based number of the last row with a score; 0 if none has one."""
+    scored = np.flatnonzero(~np.isnan(R).all(1))
+    return int(scored[-1]) + 1 if len(scored) else 0
+
+
+def outcomes(R: NDArray[np.floating], classes: Sequence[str], learned_at: Sequence[int]) -> list[Outcome]:
+    """What became of each class until the last scored step. Our thresholds, see ``STATUS_WORDS``.
+
+    Args:
+        R: ``(T, K)`` Dice in [0, 1]; NaN where there is none.
+        classes: K names.
+        learned_at: the K steps, from 1, that learn them.
+    """
+    last = last_scored_step(R)
+    found = []
+    for c, (organ, step) in enumerate(zip(classes, learned_at, strict=True)):
+        before = float(R[step - 1, c]) if step < last else math.nan
+        after = float(R[last - 1, c]) if step <= last else math.nan
+        found.append(Outcome(organ, int(step), before, after, _status(step, last, before, after)))
+    return found
+
+
+def _status(step: int, last: int, before: float, after: float) -> str:
+    if step > last:
+        return "still to come"
+    if math.isnan(after) or (step < last and math.isnan(before)):
+        return "not scored"
+    if step == last:
+        return "learned" if after >= LEARNED_FROM else "partly learned" if after >= NOT_LEARNED_BELOW else "not learned"
+    if max(before, after) < NOT_LEARNED_BELOW:
+        return "not learned"
+    if after < LOST_SHARE * before:
+        return "lost"
+    if abs(after - before) <= KEPT_WITHIN:
+        return "kept"
+    return "improved" if after > before else "weakened"
+
+
+def listed(names: Sequence[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    return " and ".join([*([", ".join(names[:-1])] if names[:-1] else []), *names[-1:]])
+
+
+def fate_of_old(found: Sequence[Outcome]) -> str:
+    """What a method did to the organs of earlier steps, after its name: ``lost a and b, kept 5 others``.
+
+    Up to three organs are named, more are counted. Empty if no earlier organ is scored.
+    """
+    old = [o for o in found if o.status in ("kept", "improved", "weakened", "lost")]
+    groups = {
+        "lost": [o.organ for o in old if o.status == "lost"],
+        "weakened": [o.organ for o in old if o.status == "weakened"],
+        "kept": [o.organ for o in old if o.status in ("kept", "improved")],
+    }
+    groups = {word: names for word, names in groups.items() if names}
+    if len(groups) == 1:
+        word, names = next(iter(groups.items()))
+        which = names[0] if len(names) == 1 else f"{'both' if len(names) == 2 else f'all {len(names)}'} earlier organs"
+        return f"{word} {which}"
+    parts = []
+    for word, names in groups.items():
+        rest = "others" if parts else "earlier organs"
+        parts.append(f"{word} {listed(names) if len(names) <= NAMED else f'{len(names)} {rest}'}")
+    return ", ".join(parts)
+
+
+def fate_of_new(found: Sequence[Outcome]) -> str:
+    """What a method made of the organs of the last scored step: ``learned a and b``; as `fate_of_old`."""
+    last = max((o.step for o in found if o.status != "still to come"), default=0)
+    groups = {
+        status: [o.organ for o in found if o.step == last and o.status == status]
+        for status in ("learned", "partly learned", "not learned")
+    }
+    words = {"learned": "learned", "partly learned": "learned in part", "not learned": "did not learn"}
+    parts = [f"{words[s]} {listed(n) if len(n) <= NAMED else f'{len(n)} organs'}" for s, n in groups.items() if n]
+    return listed(parts)
+
+
+def against_joint(R: NDArray[np.floating], joint: NDArray[np.floating], learned_at: Sequence[int]) -> str:
+    """How far a finished chain is from joint training, as a clause; empty where either has no last row."""
+    mine, reference = (100 * metrics.mean(matrix, learned_at, len(matrix)) for matrix in (R, joint))
+    if math.isnan(mine) or math.isnan(reference):
+        return ""
+    distance = round(abs(reference - mine), 1)
+    if distance < 0.1:
+        return "level with joint training"
+    return f"{distance:.1f} points {'below' if mine < reference else 'above'} joint training"

@@ -1,0 +1,19 @@
+from __future__ import annotations
+
+from nnunet_cil.cli.main import main
+from tests.report.chain_files import open_chain, write_chain
+
+
+def test_prints_where_the_report_is(nnunet_folders, tmp_path, capsys):
+    chain = open_chain(tmp_path)
+    write_chain(chain, methods=("pgcd", "finetune"))
+    assert main(["report", str(tmp_path / "tiny.yaml"), "--methods", "pgcd", "finetune", "--seeds", "0"]) == 0
+    path = chain.folder / "report.html"
+    assert capsys.readouterr().out == f"{path}\n"
+    assert "finetune" in path.read_text()
+
+
+def test_an_unknown_method_is_one_line(nnunet_folders, tmp_path, capsys):
+    open_chain(tmp_path)
+    assert main(["report", str(tmp_path / "tiny.yaml"), "--methods", "no_such"]) == 1
+    assert "no_such" in capsys.readouterr().err

@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+from nnunet_cil.report.colours import method_styles, organ_style, plain_organs
+
+METHODS = ("pgcd", "pseudo_kd", "pseudo", "plop", "mib", "ilt", "lwf", "ewf", "ewc", "finetune", "replay", "joint")
+
+
+def test_organs_are_told_apart():
+    styles = [organ_style(i) for i in range(21)]
+    assert len(set(styles)) == 21
+    assert len({style.colour for style in styles[:14]}) == 14
+    assert all(not style.hatch for style in styles[: plain_organs()])
+    assert all(style.hatch for style in styles[plain_organs() :])
+
+
+def test_methods_are_told_apart():
+    styles = method_styles([*METHODS, *(f"pgcd-no_{i}" for i in range(9))])
+    assert len(set(styles.values())) == len(styles)
+
+
+def test_underscores_do_not_matter():
+    assert method_styles(["pseudo_kd"])["pseudo_kd"] == method_styles(["PseudoKD"])["PseudoKD"]
+
+
+def test_an_unknown_method_keeps_its_style_among_the_same():
+    assert method_styles(["a", "b"])["b"] == method_styles(["b", "a", "pgcd", "a"])["b"]
+    assert method_styles(["a", "b"])["a"] != method_styles(["a", "b"])["b"]

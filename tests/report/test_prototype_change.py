@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from nnunet_cil.prototypes import PrototypeStore
+from nnunet_cil.report.prototype_change import drift, similarity
+
+
+def _store(names, means, spread=1.0, stale=()) -> PrototypeStore:
+    means = np.array(means, np.float32)
+    return PrototypeStore(
+        class_names=tuple(names),
+        means=means,
+        counts=np.ones(len(names)),
+        spread=np.full(len(names), spread, np.float32),
+        centre=np.nanmean(means, 0),
+        tau=0.1,
+        stale=np.array([name in stale for name in names]),
+        step=1,
+        checkpoint_sha256="",
+        feature_path="",
+    )
+
+
+def test_similarity_is_the_cosine_after_centring():
+    found = similarity(_store("abc", [[11, 10], [9, 10], [10, 10]]))
+    np.testing.assert_allclose(found[:2, :2], [[1, -1], [-1, 1]], atol=1e-6)
+    np.testing.assert_allclose(found[2], 0, atol=1e-6)
+
+
+def test_a_class_without_prototype_has_no_similarity():
+    found = similarity(_store("ab", [[1, 0], [np.nan, np.nan]]))
+    assert np.isnan(found[1]).all()
+    assert np.isnan(found[:, 1]).all()
+    assert not np.isnan(found[0, 0])
+
+
+def test_drift_in_spreads_since_first_extracted():
+    stores = [
+        _store("ab", [[0, 0], [5, 0]], spread=2),
+        _store("abc", [[3, 4], [5, 0], [7, 7]]),
+        _store("abc", [[0, 0], [5, 6], [7, 8]]),
+    ]
+    found = drift(stores)
+    np.testing.assert_allclose(found["a"], [0, 2.5, 0])
+    np.testing.assert_allclose(found["b"], [0, 0, 3])
+    np.testing.assert_allclose(found["c"], [np.nan, 0, 1])
+
+
+def test_a_prototype_that_was_taken_over_has_not_been_measured():
+    found = drift([_store("ab", [[0, 0], [1, 1]]), _store("ab", [[0, 0], [1, 1]], stale="a")])
+    np.testing.assert_allclose(found["a"], [0, np.nan])
+    np.testing.assert_allclose(found["b"], [0, 0])
+
+
+@pytest.mark.parametrize("spread", [0.0, np.nan])
+def test_no_drift_without_spread(spread):
+    first = replace(_store("a", [[1, 1]]), spread=np.array([spread], np.float32))
+    assert np.isnan(drift([first, _store("a", [[2, 1]])])["a"]).all()
+
+
+def test_no_stores():
+    assert drift([]) == {}

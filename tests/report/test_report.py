@@ -1,0 +1,247 @@
+from __future__ import annotations
+
+import base64
+import io
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from nnunet_cil.chain import JOINT
+from nnunet_cil.evaluate import evaluation_file
+from nnunet_cil.report import write
+from nnunet_cil.report.write import write_report
+from tests.report import browser
+from tests.report.chain_files import open_chain, write_chain, write_scores
+
+SECTIONS = ("summary", "numbers", "scores", "subjects", "pictures", "training", "prototypes", "made")
+VOID = {"meta", "link", "img", "br"}
+
+
+class Page(HTMLParser):
+    """The tags and texts of a page; complains about tags that are not closed."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.html = path.read_text()
+        self.feed(self.html)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text += data
+
+    def all(self, tag: str) -> list[dict[str, str]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+@pytest.fixture
+def chain(nnunet_folders, tmp_path):
+    return open_chain(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Page of a chain of three methods and two seeds that lacks nothing."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+            (folder / name).mkdir()
+            patch.setenv(name, str(folder / name))
+        chain = open_chain(folder)
+        yield write_report(chain, write_chain(chain, seeds=(0, 1)))
+
+
+def test_a_whole_report(whole):
+    path = whole
+    assert path.name == "report.html"
+    assert path.stat().st_size < write.MAX_BYTES
+    page = Page(path)
+    assert tuple(section["id"] for section in page.all("section")) == SECTIONS
+    assert "pgcd kept both earlier organs; it learned blob." in page.text
+    assert "finetune lost both earlier organs; it learned blob." in page.text
+    assert not list(path.parent.glob("*.part"))
+    figures = {file.name for file in (path.parent / "figures").iterdir()}
+    assert {f"{name}.png" for name in ("mean_dice", "score_matrix", "forgetting", "qualitative")} <= figures
+    assert {f"{name}.png" for name in ("prototype_similarity", "prototype_drift", "loss_terms_pgcd")} <= figures
+    assert {f"subjects_{score}.png" for score in ("dice", "hd95_mm", "nsd")} <= figures
+    stems = [{Path(name).stem for name in figures if name.endswith(ending)} for ending in (".png", ".pdf")]
+    assert stems[0] == stems[1]
+
+
+def test_the_page_needs_nothing_but_itself(whole):
+    page = Page(whole)
+    assert page.all("script") == []
+    for tag, attributes in page.tags:
+        for name in ("src", "href", "srcset", "action", "data"):
+            target = attributes.get(name)
+            assert target is None or target.startswith(("data:", "#")), (tag, target)
+    assert not re.search(r"https?://|@import|url\((?!data:)", page.html)
+    anchors = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
+    assert {a["href"][1:] for a in page.all("a")} <= anchors
+
+
+def test_every_image_decodes_and_is_described(whole):
+    images = Page(whole).all("img")
+    assert len(images) >= 10
+    for image in images:
+        kind, content = image["src"].split(",", 1)
+        assert kind == "data:image/png;base64"
+        with Image.open(io.BytesIO(base64.b64decode(content, validate=True))) as decoded:
+            decoded.load()
+            assert decoded.size == (int(image["width"]), int(image["height"]))
+        assert len(image["alt"]) > 40
+
+
+def test_figures_say_what_to_look_at(whole):
+    page = Page(whole)
+    assert len(page.all("figcaption")) == len(page.all("figure")) == len(page.all("img"))
+    assert len(re.findall(r"Figure \d+\.", page.text)) == len(page.all("figure"))
+
+
+def test_odd_names_are_text(nnunet_folders, tmp_path):
+    odd = "<b>&\"'<script>alert(1)</script>"
+    chain = open_chain(tmp_path, steps=((odd, "$x$"), ("_hidden",)))
+    page = Page(write_report(chain, write_chain(chain, methods=("pgcd", "finetune"), cases=("a<i>&lt;",))))
+    assert odd in page.text
+    assert page.all("script") == page.all("b") == page.all("i") == []
+    alts = " ".join(image["alt"] for image in page.all("img"))
+    assert odd in alts
+    assert "Typical subject a<i>&lt;" in alts
+
+
+def test_nothing_private_is_told(whole):
+    text = re.sub(r"base64,[^\"]*", "", whole.read_text())
+    for private in ("secret", str(whole.parents[2]), "/home/", "/tmp/", "hostname"):
+        assert private not in text
+    assert "9.9.9" in text
+    assert re.search(r"[0-9a-f]{64}", text)
+
+
+def test_nothing_is_scored_yet(chain):
+    page = Page(write_report(chain, [chain.variant("pgcd", 0)]))
+    assert "Nothing is scored yet" in page.text
+    assert "0 of 2 models are scored" in page.text
+    assert page.all("img") == []
+
+
+def test_nothing_is_prepared(chain):
+    chain.content["plans_name"] = None
+    assert "Nothing is scored yet" in Page(write_report(chain, [chain.variant("pgcd", 0)])).text
+
+
+def test_no_test_set(chain):
+    object.__setattr__(chain.schedule, "test", ())
+    assert "Nothing is scored yet" in Page(write_report(chain, [chain.variant("pgcd", 0)])).text
+
+
+def test_a_chain_in_the_middle_of_its_first_method(chain):
+    variant = chain.variant("pgcd", 0)
+    write_scores(chain, variant, 1, {"a": {"ball": 0.9, "tube": 0.4}, "b": {"ball": 0.8, "tube": None}})
+    page = Page(write_report(chain, [variant, chain.variant("finetune", 0)]))
+    assert "still to come" in page.text
+    assert "partly learned" in page.text
+    assert "after step 1 of 2" in page.text
+    assert "Forgetting is not shown" in page.text
+    assert "No pictures are shown" in page.text
+
+
+@pytest.mark.parametrize(
+    ("what", "sentence"),
+    [
+        ("prototypes", "No prototypes of pgcd are stored."),
+        ("logs", "No loss terms of pgcd"),
+        ("predictions", "No pictures are shown: there are no predictions of the last step."),
+        ("images", "is not shown: its image or masks cannot be read or drawn."),
+        ("one prediction", "no prediction of the typical subject"),
+    ],
+)
+def test_what_is_missing_is_said(chain, what, sentence):
+    variants = write_chain(chain, methods=("pgcd",))
+    fold = chain.model_folder(variants[0], 2) / "fold_all"
+    predictions = next(evaluation_file(chain, variants[0], 2, "all").parent.glob("*_*"))
+    if what == "prototypes":
+        for step in (1, 2):
+            (chain.model_folder(variants[0], step) / "fold_all" / "prototypes.npz").unlink()
+    elif what == "logs":
+        next(fold.glob("training_log_*.txt")).unlink()
+    elif what == "predictions":
+        shutil.rmtree(predictions)
+    elif what == "images":
+        shutil.rmtree(chain.folder / "test" / "images")
+    else:
+        for case in ("case_1", "case_2", "case_3"):
+            (predictions / f"{case}.nii.gz").unlink()
+    assert sentence in Page(write_report(chain, variants)).text
+
+
+def test_an_organ_that_no_subject_has(chain):
+    variant = chain.variant("pgcd", 0)
+    write_scores(chain, variant, 1, {"a": {"ball": 0.9, "tube": None}})
+    write_scores(chain, variant, 2, {"a": {"ball": 0.9, "tube": None, "blob": 0.8}})
+    page = Page(write_report(chain, [variant]))
+    assert "not scored" in page.text
+    assert "nan" not in page.text
+
+
+def test_joint_alone(chain):
+    variant = chain.variant("joint", 0)
+    write_scores(chain, variant, JOINT, {"a": {"ball": 0.9, "tube": 0.8, "blob": 0.7}})
+    page = Page(write_report(chain, [variant]))
+    assert "80.0" in page.text
+    assert "nan" not in page.text
+
+
+def test_a_page_that_would_be_too_large_takes_smaller_figures(chain, monkeypatch):
+    variants = write_chain(chain, methods=("pgcd",))
+    full = write_report(chain, variants).stat().st_size
+    monkeypatch.setattr(write, "MAX_BYTES", round(0.7 * full))
+    path = write_report(chain, variants)
+    assert path.stat().st_size < 0.7 * full
+    assert len(Page(path).all("img")) > 5
+
+
+def test_a_failed_write_keeps_the_old_page(chain, monkeypatch):
+    path = chain.folder / "report.html"
+    path.write_text("old")
+    monkeypatch.setattr(write.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_report(chain, [chain.variant("pgcd", 0)])
+    assert path.read_text() == "old"
+
+
+@pytest.mark.skipif(browser.chromium() is None, reason="no Chromium on this machine")
+def test_in_a_browser(whole):
+    with browser.browsing() as page:
+        for width, dark in ((1280, False), (1280, True), (390, False)):
+            page.open(whole, width=width, dark=dark)
+            page.value("document.querySelectorAll('details').forEach(d => d.open = true)")
+            assert page.value("document.images.length") >= 10
+            assert page.value("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
+            assert page.value("document.documentElement.scrollWidth") == width
+            ground = page.value("getComputedStyle(document.body).backgroundColor")
+            light = sum(map(int, re.findall(r"\d+", ground))) > 382
+            assert light is not dark
+        assert page.messages == []
+
+        page.press("Tab")
+        assert page.value("document.activeElement.className") == "skip"
+        page.press("Enter")
+        assert page.value("document.activeElement.id") == "main"
+        wide = "[...document.querySelectorAll('div, pre')].filter(e => e.scrollWidth > e.clientWidth + 1)"
+        assert page.value(f"{wide}.length") > 0
+        assert page.value(f"{wide}.every(e => e.tabIndex === 0)")

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from nnunet_cil.report.words import (
+    METHOD_WORDS,
+    STATUS_WORDS,
+    against_joint,
+    fate_of_new,
+    fate_of_old,
+    last_scored_step,
+    listed,
+    method_words,
+    outcomes,
+)
+
+NAN = math.nan
+
+
+def _one(before: float, after: float) -> str:
+    """Status of an organ of step 1 after step 2."""
+    return outcomes(np.array([[before, NAN], [after, 0.9]]), ["a", "b"], [1, 2])[0].status
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "status"),
+    [
+        (0.9, 0.9, "kept"),
+        (0.9, 0.875, "kept"),
+        (0.9, 0.94, "improved"),
+        (0.9, 0.86, "weakened"),
+        (0.9, 0.46, "weakened"),
+        (0.9, 0.44, "lost"),
+        (0.9, 0.0, "lost"),
+        (0.05, 0.0, "not learned"),
+        (NAN, 0.9, "not scored"),
+        (0.9, NAN, "not scored"),
+    ],
+)
+def test_status_of_an_earlier_organ(before, after, status):
+    assert _one(before, after) == status
+    assert status in STATUS_WORDS
+
+
+@pytest.mark.parametrize(
+    ("after", "status"),
+    [(0.8, "learned"), (0.5, "learned"), (0.3, "partly learned"), (0.02, "not learned"), (NAN, "not scored")],
+)
+def test_status_of_a_new_organ(after, status):
+    found = outcomes(np.array([[0.9, NAN], [0.9, after]]), ["a", "b"], [1, 2])[1]
+    assert found.status == status
+    assert math.isnan(found.before)
+
+
+def test_a_chain_that_is_not_finished():
+    R = np.array([[0.9, NAN, NAN], [0.4, 0.8, NAN], [NAN] * 3])
+    assert last_scored_step(R) == 2
+    found = outcomes(R, ["a", "b", "c"], [1, 2, 3])
+    assert [o.status for o in found] == ["lost", "learned", "still to come"]
+    assert (found[0].before, found[0].after) == (0.9, 0.4)
+
+
+def test_nothing_scored():
+    R = np.full((2, 2), NAN)
+    assert last_scored_step(R) == 0
+    assert {o.status for o in outcomes(R, ["a", "b"], [1, 2])} == {"still to come"}
+
+
+def _fates(R, classes, learned_at) -> tuple[str, str]:
+    found = outcomes(np.array(R), classes, learned_at)
+    return fate_of_old(found), fate_of_new(found)
+
+
+def test_fates_in_words():
+    assert _fates([[0.9, NAN], [0.9, 0.9]], ["liver", "spleen"], [1, 2]) == ("kept liver", "learned spleen")
+    assert _fates([[0.9, NAN]], ["liver", "spleen"], [1, 2]) == ("", "learned liver")
+    three = [[0.9, 0.9, 0.9, NAN], [0.0, 0.8, 0.9, 0.3]]
+    assert _fates(three, list("abcd"), [1, 1, 1, 2]) == ("lost a, weakened b, kept c", "learned in part d")
+
+
+def test_many_organs_are_counted():
+    names = [f"organ_{i}" for i in range(6)]
+    R = [[0.9] * 6, [0.0, 0.0, 0.9, 0.9, 0.9, 0.9], [NAN] * 6]
+    assert fate_of_old(outcomes(np.array(R[:2]), names, [1] * 6)) == "lost organ_0 and organ_1, kept 4 others"
+    assert fate_of_old(outcomes(np.array([[0.9] * 6, [0.0] * 6]), names, [1] * 6)) == "lost all 6 earlier organs"
+    assert fate_of_old(outcomes(np.array([[0.9] * 2, [0.9] * 2]), names[:2], [1] * 2)) == "kept both earlier organs"
+    assert fate_of_new(outcomes(np.array([[0.9] * 6]), names, [1] * 6)) == "learned 6 organs"
+
+
+def test_listed():
+    assert listed([]) == ""
+    assert listed(["a"]) == "a"
+    assert listed(["a", "b"]) == "a and b"
+    assert listed(["a", "b", "c"]) == "a, b and c"
+
+
+def test_against_joint():
+    joint = np.array([[NAN, NAN], [0.9, 0.9]])
+    assert against_joint(np.array([[0.9, NAN], [0.8, 0.9]]), joint, [1, 2]) == "5.0 points below joint training"
+    assert against_joint(np.array([[0.9, NAN], [0.9, 1.0]]), joint, [1, 2]) == "5.0 points above joint training"
+    assert against_joint(joint, joint, [1, 2]) == "level with joint training"
+    assert against_joint(np.array([[0.9, NAN], [NAN, NAN]]), joint, [1, 2]) == ""
+
+
+def test_methods_in_words():
+    assert method_words("Pseudo_KD") == METHOD_WORDS["pseudokd"]
+    assert method_words("mine") == ""
