@@ -416,7 +416,7 @@ def test_variants_may_be_added_to_a_chain_and_settings_of_an_older_version_may_l
 
 def test_a_chain_that_another_process_works_on_is_refused(schedule):
     chain = Chain.open(schedule)
-    code = "import sys, time, filelock\nwith filelock.FileLock(sys.argv[1]):\n    print(1, flush=True)\n    time.sleep(60)"
+    code = "import sys, time, filelock\nwith filelock.FileLock(sys.argv[1]):\n print(1, flush=True)\n time.sleep(60)"
     chain.folder.mkdir(parents=True)
     other = subprocess.Popen([sys.executable, "-c", code, str(chain.folder / ".lock")], stdout=subprocess.PIPE)
     try:
