@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 FIRST_FREE_ID, LAST_ID = 500, 999
 JOINT = "joint"
 _TRAINER_PREFIX = "nnUNetTrainer"
+REPLAY_TRAINER = "nnUNetTrainerReplay"
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -59,6 +60,11 @@ def resolve_method(method: str, schedule: Schedule) -> tuple[str, dict[str, Any]
         raise ValueError(
             f"--methods: got {method!r}, expected some of {sorted({*trainers, *schedule.variants})}, or one of them "
             f"with an ablation, such as pgcd-no_channel: {', '.join(ABLATIONS)}."
+        )
+    if trainer == REPLAY_TRAINER and not base.startswith("replay"):
+        raise ValueError(
+            f"{schedule.file}: variants: got the name {base!r} for a method that keeps scans of earlier steps, expected "
+            "one that begins with replay, so that tables and figures can say so."
         )
     return trainer, changes | dict(ABLATIONS[ablation] if dash else {})
 

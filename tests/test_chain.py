@@ -428,3 +428,13 @@ def test_a_chain_that_another_process_works_on_is_refused(schedule):
         other.communicate()
     with chain.locked():
         pass
+
+
+def test_a_variant_of_replay_says_so_in_its_name(nnunet_folders, tmp_path, source):
+    extra = (
+        "variants: {hidden: {trainer: nnUNetTrainerReplay}, replay_8: {trainer: nnUNetTrainerReplay, replay_cases: 8}}"
+    )
+    schedule = load_schedule(write_schedule(tmp_path / "schedule.yaml", source, extra=extra))
+    assert resolve_method("replay_8", schedule) == ("nnUNetTrainerReplay", {"replay_cases": 8})
+    with pytest.raises(ValueError, match="'hidden' for a method that keeps scans"):
+        resolve_method("hidden", schedule)

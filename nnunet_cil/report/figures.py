@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from nnunet_cil import metrics
 from nnunet_cil.report.colours import BACKGROUND_COLOUR, TERM_COLOURS, method_styles, organ_style
-from nnunet_cil.report.table import Row
+from nnunet_cil.report.table import Row, marked
 
 DPI = 200
 WIDTH_INCHES = 7.0
@@ -129,7 +129,7 @@ def plot_mean_dice(rows: Sequence[Row], learned_at: Sequence[int], path_png: Pat
         for method, values in means.items():
             colour, marker = styles[method]
             steps = np.flatnonzero(~np.isnan(values)) + 1
-            label = f"{shown(method)}  {values[steps[-1] - 1]:.1f}"
+            label = f"{shown(marked(method))}  {values[steps[-1] - 1]:.1f}"
             shared = {"color": colour, "marker": marker, "markeredgecolor": "white", "markeredgewidth": 0.7}
             if len(values) > 1 and steps.tolist() == [len(values)]:
                 ends = [1, len(values)]
@@ -186,7 +186,7 @@ def plot_score_matrix(rows: Sequence[Row], classes: Sequence[str], learned_at: S
                 elif scored[r] + 1 >= learned_at[c]:
                     missing = {"facecolor": "#EEEEEE", "edgecolor": "#999999", "hatch": "////", "linewidth": 0}
                     axes.add_patch(Rectangle((c, r), 1, 1, **missing))
-            axes.set_title(shown(row.method))
+            axes.set_title(shown(marked(row.method)))
             axes.set_yticks(np.arange(len(scored)) + 0.5, [f"step {t + 1}" for t in scored])
             axes.invert_yaxis()
             _bare(axes)
@@ -273,7 +273,7 @@ def _plot_forgetting_matrix(
         for (r, c), value in np.ndenumerate(values):
             if not np.isnan(value):
                 _number(axes, c + 0.5, r + 0.5, f"{round(value)}", "white" if value > 0.65 * scale.vmax else "black")
-        axes.set_yticks(np.arange(len(lost)) + 0.5, [shown(method) for method in lost])
+        axes.set_yticks(np.arange(len(lost)) + 0.5, [shown(marked(method)) for method in lost])
         axes.invert_yaxis()
         _bare(axes)
         _organs_along_x(axes, classes, np.arange(len(organs)) + 0.5, width, organs)
@@ -438,7 +438,7 @@ def plot_similarity(
                     number = f"{value + 0.0:.1f}".replace("-0.0", "0.0")
                     _number(axes, c + 0.5, r + 0.5, number, "white" if abs(value) > 0.6 else "black")
             places = np.arange(len(names)) + 0.5
-            axes.set_title(shown(method))
+            axes.set_title(shown(marked(method)))
             axes.set_aspect("equal")
             axes.set_yticks(places, [shown(name) for name in names])
             axes.set_xticks(places, [shown(name) for name in names], rotation=45, ha="right", rotation_mode="anchor")
@@ -488,7 +488,7 @@ def plot_drift(
                     label=shown(name),
                 )
             n_steps = max(map(len, found.values()))
-            axes.set_title(shown(method))
+            axes.set_title(shown(marked(method)))
             axes.set_xlim(0.85, n_steps + 0.15)
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
             axes.xaxis.set_tick_params(labelbottom=True)
@@ -509,7 +509,7 @@ def _per_line(n: int, width: float) -> int:
 
 def _method_handles(methods: Sequence[str] | Mapping, styles: Mapping[str, tuple[str, str]]) -> list[Line2D]:
     return [
-        Line2D([], [], color=styles[method][0], marker=styles[method][1], linestyle="", label=shown(method))
+        Line2D([], [], color=styles[method][0], marker=styles[method][1], linestyle="", label=shown(marked(method)))
         for method in methods
     ]
 

@@ -30,7 +30,7 @@ from nnunet_cil.report.parts import (
     table,
 )
 from nnunet_cil.report.style import STYLE
-from nnunet_cil.report.table import Row
+from nnunet_cil.report.table import Row, marked
 from nnunet_cil.report.words import (
     STATUS_WORDS,
     Outcome,
@@ -203,7 +203,7 @@ def _headline(by_method: Mapping[str, Sequence[Outcome]]) -> str:
     for method, what in by_method.items():
         fates = [fate for fate in (fate_of_old(what), fate_of_new(what)) if fate]
         if fates:
-            lines.append(element("li", f"<strong>{escape(method)}</strong> {escape('; it '.join(fates))}."))
+            lines.append(element("li", f"<strong>{escape(marked(method))}</strong> {escape('; it '.join(fates))}."))
     return element("ul", "".join(lines), class_="lead") if lines else ""
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from nnunet_cil.report.table import aligned
+from nnunet_cil.report.table import aligned, marked
 
 MIN_SUBJECTS = 3
 DECIMALS = 12
@@ -134,7 +134,7 @@ def paired_table(
         for group, found in groups.items():
             interval = f"[{_points(found.low)}, {_points(found.high)}]" if math.isfinite(found.low) else "n/a"
             numbers = [_points(found.mean), interval, _p(found.p_value), str(found.n_subjects), str(found.n_seeds)]
-            lines.append([method, group, *numbers])
+            lines.append([marked(method), group, *numbers])
             if found.note:
                 notes.append(f"{method}, {group}: {found.note}.")
     if len(lines) == 1:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from nnunet_cil.report.colours import BACKGROUND_COLOUR, method_styles, organ_style
 from nnunet_cil.report.figures import DPI
+from nnunet_cil.report.table import marked
 
 PIXELS_PER_INCH = (78, 104)  # least, at which a figure's smallest letters can be read, and most
 PHONE_PIXELS = 330  # that a phone's screen has for a figure
@@ -117,7 +118,7 @@ def method_name(name: str, methods: Sequence[str]) -> str:
     """A method's name after its marker among all ``methods``."""
     colour, marker = method_styles([name, *methods])[name]
     mark = element("span", _MARKS.get(marker, "●"), class_="mark", aria_hidden="true", style=f"color:{colour}")
-    return mark + escape(name)
+    return mark + escape(marked(name))
 
 
 def chip(status: str, count: int | None = None) -> str:

@@ -47,6 +47,14 @@ class FinalScores:
     plasticity_gap: float
 
 
+KEEPS_SCANS = "replay"  # and variants of it, whose names begin with this word
+
+
+def marked(method: str) -> str:
+    """A method's name as it is shown everywhere: one that keeps scans of earlier steps says so."""
+    return f"{method} (keeps scans)" if method.startswith(KEEPS_SCANS) else method
+
+
 @dataclass(frozen=True, eq=False)
 class Row:
     """Scores of one method.
@@ -105,7 +113,7 @@ def _final_scores(rows: Sequence[Row], classes: Sequence[str], learned_at: Seque
         scores = metrics.summary(row.R, learned_at)
         final = [_cell(row, len(row.R), c, learned_at) for c in range(len(classes))]
         summary = [_hundredths(scores[key], "+" if key == "backward_transfer" else "") for key in _SUMMARY_COLUMNS]
-        lines.append([row.method, str(row.seeds), *final, *summary])
+        lines.append([marked(row.method), str(row.seeds), *final, *summary])
     return lines
 
 
@@ -123,7 +131,7 @@ def _beside_dice(rows: Sequence[Row]) -> list[str]:
         hd95 = "n/a" if math.isnan(final.hd95_mm) else f"{final.hd95_mm:.1f}"
         counts = [str(n) for n in (final.missed, final.invented, final.both_empty, final.n_scores)]
         gaps = [_hundredths(gap, "+") for gap in (final.gap_to_joint, final.plasticity_gap)]
-        lines.append([method, _hundredths(final.nsd), hd95, *counts, *gaps])
+        lines.append([marked(method), _hundredths(final.nsd), hd95, *counts, *gaps])
     return [
         f"After the last step, mean over classes (NSD at {tolerance_mm:g} mm; HD95 where it exists, the rest counted)",
         *aligned(lines, header=2),
@@ -176,7 +184,7 @@ def score_table(rows: Sequence[Row], classes: Sequence[str], learned_at: Sequenc
         parts.append(beside)
     for row in rows:
         steps = aligned(_scores_by_step(row, classes, learned_at), header=1)
-        parts.append([f"{row.method}: Dice (%) by step", *steps])
+        parts.append([f"{marked(row.method)}: Dice (%) by step", *steps])
     return "\n\n".join("\n".join(part) for part in parts) + "\n"
 
 

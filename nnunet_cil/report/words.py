@@ -41,7 +41,7 @@ METHOD_WORDS = {
     "ilt": "ILT: the new model is held to the old one's predictions and features",
     "ewf": "EWF: the weights of the old and the new model are averaged",
     "ewc": "EWC: weights that mattered for the old organs may change little",
-    "replay": "Some old scans, with their labels, are trained on again",
+    "replay": "Not privacy-safe: some old scans are kept, with their labels, and trained on again",
 }
 
 
