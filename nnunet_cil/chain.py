@@ -63,8 +63,8 @@ def resolve_method(method: str, schedule: Schedule) -> tuple[str, dict[str, Any]
         )
     if trainer == REPLAY_TRAINER and not base.startswith("replay"):
         raise ValueError(
-            f"{schedule.file}: variants: got the name {base!r} for a method that keeps scans of earlier steps, expected "
-            "one that begins with replay, so that tables and figures can say so."
+            f"{schedule.file}: variants: got the name {base!r} for a method that keeps scans of earlier steps, "
+            "expected one that begins with replay, so that tables and figures can say so."
         )
     return trainer, changes | dict(ABLATIONS[ablation] if dash else {})
 
