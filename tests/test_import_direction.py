@@ -14,7 +14,7 @@ LAYERS = (
     {"teacher", "block", "plan_override", "intensity", "extraction", "pseudo_labels", "imprinting"},
     {"objectives", "chain"},
     {"trainer", "dataset"},
-    {"driver", "evaluate", "report"},
+    {"driver", "evaluate", "report", "export"},
     {"cli", "trainers"},
 )
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}

@@ -1,0 +1,179 @@
+"""Give a step's model away: a folder and a zip that stock nnU-Net predicts with, and a card that says what it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+
+from nnunet_cil.chain import JOINT, Chain, Variant, write_json
+from nnunet_cil.dataset import dataset_json_of
+from nnunet_cil.evaluate import evaluation_file, score_matrix
+from nnunet_cil.step_files import read_step_file
+from nnunet_cil.teacher import PROTOTYPE_FILE, sha256_of
+
+CARD_FILE = "model_card.json"
+STOCK_TRAINER = "nnUNetTrainer"
+CHECKPOINT = "checkpoint_final.pth"
+KEPT_OF_CHECKPOINT = ("network_weights", "inference_allowed_mirroring_axes")
+MAX_CARD_BYTES = 1_000_000
+
+
+def export_model(
+    chain: Chain, variant: Variant, step: int | str, folds: Sequence[int | str], target: Path, licence: str | None
+) -> Path:
+    """Write ``target.zip`` and the folder ``target`` with the model of one step.
+
+    Inside lies ``DATASET/nnUNetTrainer__PLANS__CONFIGURATION`` as nnU-Net lays it out, so that
+    ``nnUNetv2_install_pretrained_model_from_zip`` takes the zip, and ``nnUNetv2_predict_from_modelfolder`` the folder.
+    Checkpoints hold the weights and what prediction needs; optimiser, logs and random states stay behind.
+
+    Args:
+        folds: some of the schedule's that are trained.
+        target: path without ending; must not exist.
+        licence: text for the card, such as ``CC BY 4.0``; None if the user has not said.
+
+    Raises:
+        FileNotFoundError: a fold is not trained.
+        FileExistsError: the target exists.
+    """
+    archive = target.with_name(target.name + ".zip")
+    for path in (target, archive):
+        if path.exists():
+            raise FileExistsError(f"{path}: it exists and is not touched. Give another name, or remove it first.")
+    source = chain.model_folder(variant, step)
+    if missing := [fold for fold in folds if not (source / f"fold_{fold}" / CHECKPOINT).is_file()]:
+        raise FileNotFoundError(
+            f"{source}: got no finished training of fold {missing}, expected {CHECKPOINT} in each. Run "
+            "`nnunet-cil status` to see where the chain stands."
+        )
+    partial = target.with_name(f".{target.name}.part")
+    shutil.rmtree(partial, ignore_errors=True)
+    _, plans_name, configuration = source.name.split("__")
+    model = partial / chain.dataset_name(step) / f"{STOCK_TRAINER}__{plans_name}__{configuration}"
+    model.mkdir(parents=True)
+    plans = json.loads((source / "plans.json").read_text())
+    write_json(model / "plans.json", plans)
+    shutil.copyfile(source / "dataset.json", model / "dataset.json")
+    if (fingerprint := source / "dataset_fingerprint.json").is_file():
+        shutil.copyfile(fingerprint, model / fingerprint.name)
+    for fold in folds:
+        _export_fold(source / f"fold_{fold}", model / f"fold_{fold}", configuration)
+    card = model_card(chain, variant, step, folds, licence)
+    files = sorted(path for path in model.rglob("*") if path.is_file())
+    card["sha256"] = {path.relative_to(model).as_posix(): sha256_of(path) for path in files}
+    write_json(model / CARD_FILE, card)
+    packed = archive.with_name(f".{archive.name}.part")
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as zipped:
+        for path in sorted(partial.rglob("*")):
+            if path.is_file():
+                zipped.write(path, path.relative_to(partial).as_posix())
+    os.replace(packed, archive)
+    os.replace(partial, target)
+    return archive
+
+
+def _export_fold(source: Path, target: Path, configuration: str) -> None:
+    target.mkdir()
+    checkpoint = torch.load(source / CHECKPOINT, map_location="cpu", weights_only=False)
+    kept = {key: checkpoint[key] for key in KEPT_OF_CHECKPOINT}
+    init_args = {"configuration": configuration, "fold": checkpoint["init_args"]["fold"]}
+    torch.save({**kept, "trainer_name": STOCK_TRAINER, "init_args": init_args}, target / CHECKPOINT)
+    if (prototypes := source / PROTOTYPE_FILE).is_file():
+        shutil.copyfile(prototypes, target / prototypes.name)
+
+
+def model_card(
+    chain: Chain, variant: Variant, step: int | str, folds: Sequence[int | str], licence: str | None
+) -> dict[str, Any]:
+    """What the model is, from the chain's files; names of subjects, machines and folders are left out."""
+    schedule = chain.schedule
+    number = chain.n_steps if step == JOINT else int(step)
+    labels = dataset_json_of(chain.model_folder(variant, step))["labels"]
+    steps = []
+    for t in range(1, number + 1):
+        marker = read_step_file(chain.raw(t)) or read_step_file(chain.preprocessed(t)) or {}
+        steps.append({"classes": list(schedule.steps[t - 1].classes), "training_subjects": marker.get("n_cases")})
+    return {
+        "name": schedule.name,
+        "method": variant.method,
+        "step": step,
+        "labels": labels,
+        "steps": steps,
+        "folds": list(folds),
+        "seed": variant.seed,
+        "scores": _scores(chain, variant, step, folds),
+        "licence": licence,
+        "versions": {name: version(name) for name in ("nnunet-cil", "nnunetv2", "torch")},
+        "use": "Research only. No medical device: every result has to be checked by somebody who can.",
+    }
+
+
+def _scores(chain: Chain, variant: Variant, step: int | str, folds: Sequence[int | str]) -> dict[str, Any]:
+    scored = {}
+    for fold in folds:
+        path = evaluation_file(chain, variant, step, fold)
+        if not path.is_file():
+            continue
+        row = (chain.n_steps if step == JOINT else int(step)) - 1
+        values = score_matrix(chain, variant, fold)[row]
+        dice = {name: round(float(v), 4) for name, v in zip(chain.schedule.classes, values, strict=True) if v == v}
+        scored[f"fold_{fold}"] = {"mean_dice": dice, "test_subjects": len(json.loads(path.read_text())["scores"])}
+    return scored
+
+
+def read_card(path: Path) -> dict[str, Any]:
+    """The card in a model folder, anywhere below a folder, or in a zip, which is not unpacked.
+
+    Raises:
+        FileNotFoundError: there is no such path, or no card in it.
+        ValueError: several cards, or one that is no JSON object or far too large.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: got nothing there, expected a model folder or a zip.")
+    if path.is_dir():
+        found = sorted(path.rglob(CARD_FILE))
+        sizes, texts = [p.stat().st_size for p in found], [lambda p=p: p.read_bytes() for p in found]
+    else:
+        try:
+            with zipfile.ZipFile(path) as zipped:
+                entries = [entry for entry in zipped.infolist() if PurePosixPath(entry.filename).name == CARD_FILE]
+                sizes = [entry.file_size for entry in entries]
+                texts = [lambda entry=entry: zipfile.ZipFile(path).read(entry) for entry in entries]
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{path}: got no zip ({error}), expected a model that was exported.") from error
+    if not sizes:
+        raise FileNotFoundError(f"{path}: got no {CARD_FILE}, expected a model written by `nnunet-cil export`.")
+    if len(sizes) > 1 or sizes[0] > MAX_CARD_BYTES:
+        raise ValueError(f"{path}: got {len(sizes)} cards of {sizes} bytes, expected one small one. Name one model.")
+    try:
+        card = json.loads(texts[0]())
+    except ValueError as error:
+        raise ValueError(f"{path}: got a {CARD_FILE} that is no JSON ({error}), expected a JSON object.") from error
+    if not isinstance(card, dict):
+        raise ValueError(f"{path}: got a {CARD_FILE} with {type(card).__name__}, expected a JSON object.")
+    return card
+
+
+def card_text(card: Mapping[str, Any]) -> str:
+    """A card as lines to read."""
+    lines = [f"{card.get('name')}: {card.get('method')}, after step {card.get('step')}, seed {card.get('seed')}"]
+    organs = {name: value for name, value in card.get("labels", {}).items() if name != "background"}
+    lines.append("labels: " + ", ".join(f"{value} {name}" for name, value in organs.items()))
+    for number, step in enumerate(card.get("steps", ()), 1):
+        lines.append(f"step {number}: {', '.join(step['classes'])}, {step['training_subjects']} training subjects")
+    for fold, scores in card.get("scores", {}).items():
+        dice = ", ".join(f"{name} {100 * value:.1f}" for name, value in scores["mean_dice"].items())
+        lines.append(f"{fold}: mean Dice in % on {scores['test_subjects']} test subjects: {dice}")
+    lines.append(f"licence: {card.get('licence') or 'not stated'}")
+    lines.append("made with " + ", ".join(f"{name} {number}" for name, number in card.get("versions", {}).items()))
+    lines.append(str(card.get("use", "")))
+    lines += [f"sha256 {digest}  {name}" for name, digest in card.get("sha256", {}).items()]
+    return "\n".join(lines)
