@@ -1,0 +1,162 @@
+"""An exported model is whole, clean, and works in stock nnU-Net."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK
+import torch
+
+from nnunet_cil.chain import Chain, write_json
+from nnunet_cil.cli.main import main
+from nnunet_cil.export import CARD_FILE, card_text, export_model, read_card
+from tests.test_trainer import make_chain, module_patch, train  # noqa: F401  (a fixture)
+
+SUBJECT = re.compile(rb"case_\d")
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory, module_patch) -> Chain:  # noqa: F811
+    chain = make_chain(tmp_path_factory.mktemp("export"), module_patch)
+    for step in (1, 2):
+        train(chain, step)
+    return chain
+
+
+@pytest.fixture(scope="module")
+def archive(chain, tmp_path_factory) -> Path:
+    target = tmp_path_factory.mktemp("out") / "tiny"
+    return export_model(chain, chain.variant("pgcd", 0), 2, ["all"], target, "CC BY 4.0")
+
+
+def test_archive_and_folder_hold_the_same_and_nothing_of_people_or_machines(chain, archive):
+    model = "Dataset501_tiny_step2/nnUNetTrainer__nnUNetPlans__3d_fullres/"
+    with zipfile.ZipFile(archive) as zipped:
+        contents = {name: zipped.read(name) for name in zipped.namelist()}
+    folder = archive.with_suffix("")
+    assert contents == {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
+    names = {name.removeprefix(model) for name in contents}
+    assert names == {
+        "plans.json", "dataset.json", "dataset_fingerprint.json", CARD_FILE,
+        "fold_all/checkpoint_final.pth", "fold_all/prototypes.npz",
+    }  # fmt: skip
+    checkpoint = torch.load(folder / model / "fold_all/checkpoint_final.pth", weights_only=False)
+    assert set(checkpoint) == {"network_weights", "inference_allowed_mirroring_axes", "trainer_name", "init_args"}
+    root = str(chain.paths["nnUNet_results"].parent).encode()
+    for name, content in contents.items():
+        assert root not in content, name
+        assert not SUBJECT.search(content), name
+        if name.endswith(".json"):
+            assert not re.search(rf"\b{re.escape(platform.node())}\b".encode(), content), name
+
+
+def test_card_says_what_the_model_is_and_its_hashes_hold(archive, capsys):
+    card = read_card(archive)
+    assert card == read_card(archive.with_suffix(""))
+    assert card["labels"] == {"background": 0, "ball": 1, "blob": 2}
+    assert card["steps"] == [
+        {"classes": ["ball"], "training_subjects": 5},
+        {"classes": ["blob"], "training_subjects": 5},
+    ]
+    assert (card["method"], card["licence"]) == ("pgcd", "CC BY 4.0")
+    assert set(card["sha256"]) >= {"plans.json", "fold_all/checkpoint_final.pth", "fold_all/prototypes.npz"}
+    assert main(["info", str(archive)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.strip() == card_text(card).strip()
+    for part in ("1 ball, 2 blob", "step 2: blob, 5 training subjects", "licence: CC BY 4.0"):
+        assert part in shown
+
+
+def test_stock_nnunet_installs_and_predicts_without_this_package(chain, archive, tmp_path):
+    """The trainer is nnU-Net's own, and this package cannot be imported."""
+    (tmp_path / "images").mkdir()
+    image = chain.paths["nnUNet_raw"].parent / "source" / "imagesTr" / "case_5_0000.nii.gz"
+    (tmp_path / "images" / "a_0000.nii.gz").write_bytes(image.read_bytes())
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("nnUNet_")}
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        (tmp_path / name).mkdir()
+        environment[name] = str(tmp_path / name)
+    code = f"""
+import sys
+sys.modules["nnunet_cil"] = None
+from nnunetv2.model_sharing.model_import import install_model_from_zip_file
+install_model_from_zip_file({str(archive)!r})
+sys.argv = "x -i images -o out -d 501 -c 3d_fullres -f all -device cpu --disable_tta -npp 1 -nps 1".split()
+from nnunetv2.inference.predict_from_raw_data import predict_entry_point
+if __name__ == "__main__":
+    predict_entry_point()
+"""
+    (tmp_path / "predict.py").write_text(code)
+    done = subprocess.run([sys.executable, "predict.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    predicted = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(tmp_path / "out" / "a.nii.gz")))
+    assert set(np.unique(predicted)) <= {0, 1, 2}
+    assert predicted.shape == SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(image))).shape
+
+
+def test_nothing_is_overwritten_and_what_is_not_trained_is_refused(chain, archive, tmp_path):
+    variant = chain.variant("pgcd", 0)
+    with pytest.raises(FileExistsError, match="not touched"):
+        export_model(chain, variant, 2, ["all"], archive.with_suffix(""), None)
+    with pytest.raises(FileNotFoundError, match=r"no finished training of fold \[3\]"):
+        export_model(chain, variant, 2, ["all", 3], tmp_path / "new", None)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("none", "got nothing there"),
+        ("text", "got no zip"),
+        ("empty", "got no model_card.json"),
+        ("two", "got 2 cards"),
+        ("huge", "expected one small one"),
+        ("list", "with list, expected a JSON object"),
+        ("broken", "no JSON"),
+    ],
+)
+def test_a_card_that_is_none_is_refused(tmp_path, capsys, content, message):
+    path = tmp_path / "model.zip"
+    cards = {"empty": [], "two": ["{}", "{}"], "huge": [" " * 1_000_001], "list": ["[]"], "broken": ["{"]}
+    if content == "text":
+        path.write_text("no zip")
+    elif content != "none":
+        with zipfile.ZipFile(path, "w") as zipped:
+            for number, card in enumerate(cards[content]):
+                zipped.writestr(f"{number}/{CARD_FILE}", card)
+    assert main(["info", str(path)]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_export_on_the_command_line(chain, tmp_path, capsys):
+    schedule = str(chain.schedule.file)
+    assert main(["export", schedule, str(tmp_path / "first"), "--step", "1"]) == 0
+    assert "-d Dataset500_tiny_step1 -c 3d_fullres -p nnUNetPlans -f all" in capsys.readouterr().out
+    assert read_card(tmp_path / "first.zip")["steps"] == [{"classes": ["ball"], "training_subjects": 5}]
+    assert main(["export", schedule, str(tmp_path / "none"), "--step", "3"]) == 1
+    assert "--step: got '3', expected a number from 1 to 2" in capsys.readouterr().err
+
+
+def test_scores_are_on_the_card(chain, tmp_path):
+    from nnunet_cil.evaluate import evaluation_file
+
+    variant = chain.variant("pgcd", 0)
+    path = evaluation_file(chain, variant, 1, "all")
+    scores = {"x": {"ball": {"dice": 0.5, "nsd": 0.1, "hd95_mm": 3.0}}, "y": {"ball": {"dice": 0.7, "nsd": 0.1}}}
+    write_json(path, {"scores": scores, "nsd_tolerance_mm": chain.schedule.nsd_tolerance_mm})
+    card = read_card(export_model(chain, variant, 1, ["all"], tmp_path / "scored", None))
+    assert card["scores"] == {"fold_all": {"mean_dice": {"ball": 0.6}, "test_subjects": 2}}
+    assert "mean Dice in % on 2 test subjects: ball 60.0" in card_text(card)
+    assert json.dumps(card).count("licence") == 1
+    assert "licence: not stated" in card_text(card)
