@@ -226,6 +226,8 @@ class Chain:
 
     def model_folder(self, variant: Variant, step: int | str) -> Path:
         """nnU-Net's model folder of a variant's step; step 1 is that of the shared variant."""
+        if step == 1 and self.schedule.model is not None:
+            return self.paths["nnUNet_results"] / self.dataset_name(1) / self.schedule.model.name
         if step == 1:
             variant = self.first_step(variant.seed)
         model = nnunet_api.model_folder_name(variant.trainer, self.plans_name(variant), self.schedule.configuration)
@@ -234,6 +236,8 @@ class Chain:
     def trained(self, variant: Variant, step: int | str, fold: int | str) -> bool:
         """Whether a training has ended, with everything that comes after its last epoch."""
         folder = self.model_folder(variant, step) / f"fold_{fold}"
+        if step == 1 and self.schedule.model is not None:
+            return (folder / "checkpoint_final.pth").is_file()
         return (
             all((folder / name).is_file() for name in ("checkpoint_final.pth", "prototypes.npz"))
             and (folder / "validation" / "summary.json").is_file()

@@ -30,6 +30,7 @@ from nnunet_cil.parallel import over_cases
 from nnunet_cil.plan_override import apply_override
 from nnunet_cil.schedule import Schedule
 from nnunet_cil.step_files import STEP_FILE, count_whole_cases, read_step_file
+from nnunet_cil.teacher import mirror_axes_of
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,11 @@ def step_source(schedule: Schedule, step: int) -> Path:
     if folder is None:
         raise ValueError(f"{schedule.file}: steps[{step - 1}]: got no dataset and no source.")
     return folder
+
+
+def first_source(schedule: Schedule) -> Path:
+    """Raw dataset of the first step that the chain trains, whose channels and file type all data have."""
+    return step_source(schedule, schedule.own_steps[0])
 
 
 def step_cases(schedule: Schedule, step: int) -> list[Case]:
@@ -116,9 +122,10 @@ def joint_cases(schedule: Schedule) -> list[Case]:
         return step_cases(replace(schedule, steps=(together,), images="shared"), 1)
     found: dict[str, Case] = {}
     files: set[Path] = set()
-    for number, step in enumerate(schedule.steps, 1):
+    for number in schedule.own_steps:
+        step = schedule.steps[number - 1]
         together = replace(step, classes=schedule.classes, class_map=step.joint_map)
-        for case in step_cases(replace(schedule, steps=(together,)), 1):
+        for case in step_cases(replace(schedule, steps=(together,), model=None), 1):
             if case.label not in files:
                 name = case.name if case.name not in found else f"step{number}_{case.name}"
                 found[name] = replace(case, name=name)
@@ -140,7 +147,7 @@ def test_cases(schedule: Schedule) -> dict[str, tuple[int, Case]]:
         FileNotFoundError: a subject has no label.
     """
     target = final_labels(schedule, len(schedule.steps), {"ignore": None})
-    reference = dataset_json_of(step_source(schedule, 1))
+    reference = dataset_json_of(first_source(schedule))
     ending = reference["file_ending"]
     found: dict[str, tuple[int, Case]] = {}
     for number, test in enumerate(schedule.test):
@@ -290,8 +297,9 @@ def check_sources(schedule: Schedule, cases: Mapping[int | str, Sequence[Case]])
     """
     scans = _scan_all(schedule, cases)
     problems = [scan.problem for scan in scans.values() if scan.problem]
-    first = dataset_json_of(step_source(schedule, 1))
-    for step in range(1, len(schedule.steps) + 1):
+    first = dataset_json_of(first_source(schedule))
+    problems += _differences_to_model(schedule, first)
+    for step in schedule.own_steps:
         folder = step_source(schedule, step)
         for key in ("channel_names", "file_ending"):
             if (got := dataset_json_of(folder)[key]) != first[key]:
@@ -323,7 +331,7 @@ def check_sources(schedule: Schedule, cases: Mapping[int | str, Sequence[Case]])
 def _scan_all(schedule: Schedule, cases: Mapping[int | str, Sequence[Case]]) -> dict[Path, Scan]:
     todo: dict[Path, tuple[Case, dict[str, Any], dict[int | str, tuple[Mapping[int, int], int]]]] = {}
     for step, of_step in cases.items():
-        source = dataset_json_of(step_source(schedule, 1 if step == JOINT else int(step)))
+        source = dataset_json_of(first_source(schedule) if step == JOINT else step_source(schedule, int(step)))
         n_samples = INTENSITY_SAMPLES // len(of_step) if step == 1 and of_step else INTENSITY_SAMPLES_LATER
         for case in of_step:
             todo.setdefault(case.label, (case, source, {}))[2][step] = (case.table, n_samples)
@@ -334,6 +342,34 @@ def _scan_all(schedule: Schedule, cases: Mapping[int | str, Sequence[Case]]) -> 
 def bytes_of(paths: Sequence[Path]) -> int:
     """Size of the files that exist."""
     return sum(path.stat().st_size for path in paths if path.is_file())
+
+
+def _differences_to_model(schedule: Schedule, own: Mapping[str, Any]) -> list[str]:
+    """Where new data do not fit a given model: channels by number and name, as these decide the normalisation."""
+    if schedule.model is None:
+        return []
+    theirs = {int(k): str(v) for k, v in schedule.model.dataset_json.get("channel_names", {}).items()}
+    mine = {int(k): str(v) for k, v in own["channel_names"].items()}
+    if theirs == mine:
+        return []
+    return [
+        f"{schedule.file}: model: got a model for the channels {theirs}, expected {mine} as in the new data: number, "
+        "order and kind decide how images are normalised. Use data of the same kind."
+    ]
+
+
+def _install_model(chain: Chain) -> None:
+    """Copy a given model to where step 1 of a chain has its own, and note what later steps inherit."""
+    model = chain.schedule.model
+    if model is None:
+        return
+    target = chain.model_folder(chain.first_step(None), 1)
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        model.install(target, chain.schedule.folds)
+    chain.content["plans_name"] = model.plans["plans_name"]
+    chain.content["mirror_axes"] = list(mirror_axes_of(target, chain.schedule.folds[0]) or ())
+    chain.save()
 
 
 def _labels_without_images(folder: Path) -> list[str]:
@@ -400,7 +436,7 @@ def write_test_set(chain: Chain) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     for name in ("images", "labels"):
         (partial / name).mkdir(parents=True)
-    own = dataset_json_of(step_source(schedule, 1))
+    own = dataset_json_of(first_source(schedule))
     ending = own["file_ending"]
     listing: dict[str, Any] = {}
     for name, (number, case) in test_cases(schedule).items():
@@ -442,11 +478,11 @@ def prepare_chain(chain: Chain, variants: Sequence[Variant]) -> None:
     schedule = chain.schedule
     chain.discard_abandoned()
     with_joint = any(variant.method == JOINT for variant in variants)
-    steps: list[int | str] = [*range(1, chain.n_steps + 1), *([JOINT] if with_joint else [])]
+    steps: list[int | str] = [*schedule.own_steps, *([JOINT] if with_joint else [])]
     for step in steps:
         for folder in (chain.raw(step), chain.preprocessed(step)):
             chain.check_not_foreign(folder)
-    cases: dict[int | str, list[Case]] = {step: step_cases(schedule, step) for step in range(1, chain.n_steps + 1)}
+    cases: dict[int | str, list[Case]] = {step: step_cases(schedule, step) for step in schedule.own_steps}
     if with_joint:
         cases[JOINT] = joint_cases(schedule)
     for step in steps:
@@ -454,17 +490,19 @@ def prepare_chain(chain: Chain, variants: Sequence[Variant]) -> None:
     if not all(_is_prepared(chain, step) for step in steps):
         scans = check_sources(schedule, cases)
         chain.save()
+        _install_model(chain)
         write_test_set(chain)
         for step in steps:
             number = chain.n_steps if step == JOINT else int(step)
-            source = step_source(schedule, 1 if step == JOINT else number)
+            source = first_source(schedule) if step == JOINT else step_source(schedule, number)
             labels = final_labels(schedule, number, dataset_json_of(source)["labels"])
             write_raw(chain, step, cases[step], labels, source)
             if not _is_prepared(chain, step):
                 _plan(chain, step, cases[step], scans)
-                if step == 1:
+                if step == schedule.own_steps[0]:
                     _warn_of_clipping(chain, cases)
                 _preprocess(chain, step, cases[step], scans)
+    _install_model(chain)
     write_test_set(chain)
     for variant in variants:
         write_variant_plans(chain, variant)
@@ -499,6 +537,8 @@ def _is_prepared(chain: Chain, step: int | str) -> bool:
 
 def base_plans(chain: Chain) -> dict[str, Any]:
     """Plans of step 1, which all steps share, without block."""
+    if chain.schedule.model is not None:
+        return {key: value for key, value in chain.schedule.model.plans.items() if key != BLOCK_KEY}
     path = chain.preprocessed(1) / f"{chain.content['plans_name']}.json"
     return {key: value for key, value in json.loads(path.read_text()).items() if key != BLOCK_KEY}
 
@@ -545,7 +585,7 @@ def _plan_first_step(chain: Chain) -> None:
 
 
 def _warn_of_clipping(chain: Chain, cases: Mapping[int | str, Sequence[Case]]) -> None:
-    for step in range(1, chain.n_steps + 1):
+    for step in chain.schedule.own_steps:
         labels = cumulative_labels([s.classes for s in chain.schedule.steps], step)
         names = {labels[name]: name for name in chain.schedule.steps[step - 1].classes}
         own = dataset_json_of(step_source(chain.schedule, step))
@@ -587,7 +627,7 @@ def _donors(chain: Chain, step: int | str, identifier: str) -> dict[str, Path]:
     """Preprocessed folder of an earlier, finished step by case; only where equal names mean equal images."""
     if chain.schedule.source is None:
         return {}
-    earlier = [other for other in range(1, chain.n_steps + 1) if step == JOINT or other < int(step)]
+    earlier = [other for other in chain.schedule.own_steps if step == JOINT or other < int(step)]
     finished = [other for other in earlier if _is_prepared(chain, other)]
     return {
         path.name.removesuffix(".pkl"): path.parent
@@ -598,7 +638,7 @@ def _donors(chain: Chain, step: int | str, identifier: str) -> dict[str, Path]:
 
 def write_variant_plans(chain: Chain, variant: Variant) -> None:
     """Plans with the ``"cil"`` block for each step of a variant, written anew at each call."""
-    steps: Sequence[int | str] = [JOINT] if variant.method == JOINT else range(1, chain.n_steps + 1)
+    steps: Sequence[int | str] = [JOINT] if variant.method == JOINT else chain.schedule.own_steps
     for step in steps:
         _check_same_settings(chain, variant, step)
     for step in steps:
@@ -646,6 +686,6 @@ def block_of(chain: Chain, variant: Variant, step: int | str) -> StepBlock:
         method=variant.method,
         settings=chain.settings(variant),
         training=training,
-        mirror_axes=schedule.mirror_axes,
+        mirror_axes=schedule.mirror_axes if schedule.model is None else tuple(chain.content["mirror_axes"]),
         teacher=teacher,
     )

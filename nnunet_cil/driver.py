@@ -60,6 +60,8 @@ def prepare(schedule: Schedule, methods: Sequence[str], seeds: Sequence[int | No
         variants = _prepared_variants(chain, methods, seeds)
     lines = {}
     for variant, step, fold in _trainings(chain, variants):
+        if step != JOINT and step not in schedule.own_steps:
+            continue
         lines[shlex.join(["nnUNetv2_train", *_arguments(chain, variant, step, fold)])] = None
     return list(lines)
 
@@ -230,6 +232,8 @@ def _trainings(chain: Chain, variants: Sequence[Variant]) -> list[tuple[Variant,
 
 def _title(chain: Chain, variant: Variant, step: int | str, fold: int | str) -> str:
     where = "all classes" if step == JOINT else f"step {step} of {chain.n_steps}"
+    if step == 1 and chain.schedule.model is not None:
+        return f"the given model, {where}, fold {fold}"
     return f"{variant.method}, seed {variant.seed}, {where}, fold {fold}"
 
 

@@ -160,13 +160,13 @@ def _say(line: str) -> None:
 
 def predict_line(chain: Chain, variant: Variant, step: int | str, fold: int | str) -> str:
     """The plain ``nnUNetv2_predict`` command for a step's model."""
-    owner = chain.first_step(variant.seed) if step == 1 else variant
+    trainer, plans_name, configuration = chain.model_folder(variant, step).name.split("__")
     return nnunet_api.predict_line(
         chain.dataset_name(step),
-        chain.schedule.configuration,
+        configuration,
         fold,
-        owner.trainer,
-        chain.plans_name(owner),
+        trainer,
+        plans_name,
         str(chain.folder / "test" / "images"),
     )
 

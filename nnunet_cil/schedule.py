@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from nnunet_cil.given_model import GivenModel, read_model
 from nnunet_cil.labels import check_regions
 
 METHOD_DEFAULTS: Mapping[str, Any] = {
@@ -172,14 +173,20 @@ class Schedule:
     method: Mapping[str, Any] = field(default_factory=lambda: dict(METHOD_DEFAULTS))
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     nsd_tolerance_mm: float = 2.0
+    model: GivenModel | None = None
     dataset_id: int | None = None
     device: str = "auto"
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
+    def own_steps(self) -> range:
+        """Numbers of the steps that the chain trains: all, or all but the first if that is a given model."""
+        return range(1 if self.model is None else 2, len(self.steps) + 1)
+
+    @property
     def has_joint(self) -> bool:
         """Whether there are data that label all classes, on which a joint model can be trained."""
-        return self.source is not None or all(step.joint_map for step in self.steps)
+        return self.source is not None or all(self.steps[t - 1].joint_map for t in self.own_steps)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -198,8 +205,9 @@ class Schedule:
             "steps": [
                 {"classes": list(s.classes), "dataset": _written(raw), "class_map": s.class_map and dict(s.class_map)}
                 | ({"joint": dict(s.joint_map)} if s.joint_map else {})
-                for s, raw in zip(self.steps, self.raw["steps"], strict=True)
+                for s, raw in zip([self.steps[t - 1] for t in self.own_steps], self.raw["steps"], strict=True)
             ],
+            **({"model": self.raw["model"]} if self.model else {}),
             "images": self.images,
             "test": self.raw.get("test"),
             "configuration": self.configuration,
@@ -220,6 +228,7 @@ class Schedule:
 
 KEYS = (
     "name",
+    "model",
     "source",
     "images",
     "test",
@@ -316,8 +325,12 @@ class _Reader:
             "intensity": self._intensity(raw.get("intensity", "step1")),
             **self._plans(raw.get("plans")),
         }
+        values["model"] = model = self._model(raw.get("model"))
+        if model is not None:
+            values["configuration"] = model.configuration
         values["variants"] = self._variants(raw.get("variants"), values["method"])
-        values["steps"] = self._steps(raw.get("steps"), values["source"])
+        own = self._steps(raw.get("steps"), values["source"], () if model is None else model.classes)
+        values["steps"] = own if model is None else (Step(model.classes), *own)
         self._check_channels(values["intensity"], values["source"], values["steps"])
         if values["device"] in ("cpu", "mps") and values["training"].amp == "float16":
             self.problem("training: amp", f"float16 with device: {values['device']}", "auto, bfloat16 or off")
@@ -327,7 +340,7 @@ class _Reader:
         return Schedule(file=self.path, raw=raw, **values)
 
     def _check_channels(self, intensity: Intensity, source: Path | None, steps: tuple[Step, ...]) -> None:
-        folder = source or (steps[0].dataset if steps else None)
+        folder = source or (steps[-1].dataset if steps else None)
         if folder is None or not intensity.given:
             return
         names = json.loads((folder / "dataset.json").read_text())["channel_names"]
@@ -606,11 +619,26 @@ class _Reader:
             self.problem(key, f"{folder / 'dataset.json'} with a label value twice: {values}", "one value a label")
         return values
 
-    def _steps(self, value: Any, source: Path | None) -> tuple[Step, ...]:
+    def _model(self, value: Any) -> GivenModel | None:
+        if value is None:
+            return None
+        path = self._path("model", value)
+        for key in ("plans", "intensity", "mirror_axes", "source", "configuration"):
+            if self.raw.get(key) is not None:
+                self.problem(
+                    key, "the key beside a model", "no such key: it is the model's, or each step has its dataset"
+                )
+        try:
+            return None if path is None else read_model(path)
+        except (ValueError, OSError) as error:
+            self.problems.append(f"{self.path}: model: {error}")
+            return None
+
+    def _steps(self, value: Any, source: Path | None, given: Sequence[str] = ()) -> tuple[Step, ...]:
         if not isinstance(value, list) or not value:
             self.problem("steps", repr(value), "a list with the classes of each step")
             return ()
-        steps, seen = [], {}
+        steps, seen = [], dict.fromkeys(given, "the model")
         for index, entry in enumerate(value):
             key = f"steps[{index}]"
             step = self._own_step(key, entry) if isinstance(entry, dict) else self._cut_step(key, entry, source)
@@ -678,6 +706,10 @@ class _Reader:
         return Step(classes, folder, class_map, joint)
 
     def _class_map(self, key: str, value: Any, folder: Path | None) -> dict[str, str | None] | None:
+        if isinstance(value, dict) and folder is not None:  # own labels may be given by number
+            labels = json.loads((folder / "dataset.json").read_text())["labels"]
+            names = {number: name for name, number in labels.items()}
+            value = {names.get(own, own) if _is_int(own) else own: name for own, name in value.items()}
         if isinstance(value, list):
             names = self._class_names(key, value)
             if names is not None and len(set(names)) != len(names):

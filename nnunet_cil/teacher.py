@@ -109,6 +109,13 @@ def load_teacher(model_folder: Path, fold: int | str, checkpoint_name: str, devi
     )
 
 
+def mirror_axes_of(model_folder: Path, fold: int | str, checkpoint_name: str = "checkpoint_final.pth") -> tuple | None:
+    """Axes that prediction with a model may mirror, as its checkpoint says; None for none."""
+    checkpoint = torch.load(model_folder / f"fold_{fold}" / checkpoint_name, map_location="cpu", weights_only=False)
+    axes = checkpoint.get("inference_allowed_mirroring_axes")
+    return None if axes is None else tuple(axes)
+
+
 def check_teacher(
     teacher: Teacher,
     plans: Mapping[str, Any],

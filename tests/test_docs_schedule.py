@@ -29,6 +29,7 @@ from nnunet_cil.schedule import (
     Training,
     load_schedule,
 )
+from tests.test_given_model import write_model
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "schedule.md").read_text(encoding="utf-8")
@@ -131,6 +132,7 @@ def folder(tmp_path_factory) -> Path:
         (folder / "raw" / dataset / "dataset.json").write_text(json.dumps(content))
     for name in ("test_images", "test_labels"):
         (folder / name).mkdir()
+    write_model(folder / "results" / "nnUNetTrainer__nnUNetPlans__3d_fullres")
     return folder
 
 

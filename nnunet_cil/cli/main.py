@@ -13,7 +13,20 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
 
-SUBCOMMANDS = ("run", "prepare", "status", "evaluate", "compare", "ablate", "report", "export", "info", "env", "demo")
+SUBCOMMANDS = (
+    "run",
+    "prepare",
+    "status",
+    "evaluate",
+    "extend",
+    "compare",
+    "ablate",
+    "report",
+    "export",
+    "info",
+    "env",
+    "demo",
+)
 INTERRUPTED = 130
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,79 @@
+"""``nnunet-cil extend``: teach a trained nnU-Net new classes without its data."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add the subcommand."""
+    parser = subparsers.add_parser(
+        "extend",
+        help="teach any trained nnU-Net new classes, without its data",
+        description="Writes a schedule whose first step is the given model, and runs it. The data of that model are not "
+        "needed.",
+    )
+    parser.add_argument("model", type=Path, help="model folder TRAINER__PLANS__CONFIGURATION, or a zip of an export")
+    parser.add_argument("--with", dest="dataset", required=True, metavar="DATASET", help="raw dataset of new scans")
+    parser.add_argument(
+        "--classes",
+        nargs="+",
+        required=True,
+        metavar="NAME[=LABEL]",
+        help="new classes, each with its label name or number in DATASET if that is not NAME",
+    )
+    parser.add_argument("--name", help="of the chain (default: extended)", default="extended")
+    parser.add_argument("--test", metavar="DATASET", help="raw dataset with test images and labels to score")
+    parser.add_argument("--fold", default="all", help="fold of the new training (default: all new scans)")
+    parser.add_argument("--epochs", type=int, help="default: nnU-Net's 1000")
+    parser.add_argument("--iterations", type=int, help="iterations of an epoch (default: nnU-Net's 250)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    parser.add_argument("--schedule", type=Path, help="where to write the schedule (default: NAME.yaml, here)")
+    parser.add_argument("--only-write", action="store_true", help="write and check the schedule, run nothing")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the subcommand; returns the exit status."""
+    import yaml
+
+    from nnunet_cil import driver
+    from nnunet_cil.schedule import load_schedule
+
+    path = args.schedule or Path(f"{args.name}.yaml")
+    content = {
+        "name": args.name,
+        "model": str(args.model.absolute()),
+        "steps": [{"dataset": _dataset(args.dataset), "classes": dict(map(_class, args.classes))}],
+        "fold": int(args.fold) if args.fold.isdigit() else args.fold,
+        "device": args.device,
+    }
+    training = {"epochs": args.epochs, "iterations_per_epoch": args.iterations}
+    if training := {key: value for key, value in training.items() if value is not None}:
+        content["training"] = training
+    if args.test:
+        content["test"] = {"dataset": _dataset(args.test)}
+    text = yaml.safe_dump(content, sort_keys=False)
+    if path.is_file() and path.read_text() != text:
+        raise ValueError(f"{path}: it exists with other content and is not touched. Give another --name or --schedule.")
+    path.write_text(text)
+    schedule = load_schedule(path)
+    print(f"The schedule is {path}; `nnunet-cil run {path}` goes on with it.")
+    if not args.only_write:
+        print(driver.run(schedule, [], []))
+    return 0
+
+
+def _dataset(value: str) -> str | int:
+    """A number, a name in nnUNet_raw, or a path, which is made absolute."""
+    if value.isdigit():
+        return int(value)
+    return str(Path(value).absolute()) if Path(value).is_dir() else value
+
+
+def _class(text: str) -> tuple[str | int, str]:
+    """Own label -> class, of ``NAME`` or ``NAME=LABEL``."""
+    name, equals, label = text.partition("=")
+    own = label if equals else name
+    return (int(own) if own.isdigit() else own), name

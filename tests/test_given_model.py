@@ -1,0 +1,251 @@
+"""A given model, as folder or zip, is read without unpickling, refused where it does not do, and extended."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from nnunet_cil.chain import Chain
+from nnunet_cil.cli.main import main
+from nnunet_cil.dataset import prepare_chain
+from nnunet_cil.driver import prepare, run, variants_of
+from nnunet_cil.export import export_model
+from nnunet_cil.given_model import read_model
+from nnunet_cil.prototypes import PrototypeStore
+from nnunet_cil.schedule import ScheduleError, load_schedule
+from tests.conftest import write_tiny_dataset
+from tests.test_trainer import make_chain, module_patch, train  # noqa: F401  (a fixture)
+
+MODEL = "nnUNetTrainer__nnUNetPlans__3d_fullres"
+LABELS = {"background": 0, "liver": 1, "spleen": 2}
+
+
+def write_model(folder: Path, labels=LABELS, folds=("all",), plans=None) -> Path:
+    """What ``read_model`` looks at; checkpoints are no checkpoints."""
+    folder.mkdir(parents=True)
+    plans = {"plans_name": "nnUNetPlans", "configurations": {"3d_fullres": {}}} if plans is None else plans
+    (folder / "plans.json").write_text(json.dumps(plans))
+    content = {"labels": labels, "channel_names": {"0": "MR"}, "file_ending": ".nii.gz"}
+    (folder / "dataset.json").write_text(json.dumps(content))
+    for fold in folds:
+        (folder / f"fold_{fold}").mkdir()
+        (folder / f"fold_{fold}" / "checkpoint_final.pth").write_bytes(f"weights {fold}".encode())
+    return folder
+
+
+def packed(folder: Path, inside: str = "Dataset001_X/") -> Path:
+    path = folder.with_name("model.zip")
+    with zipfile.ZipFile(path, "w") as zipped:
+        for file in folder.rglob("*"):
+            if file.is_file():
+                zipped.write(file, f"{inside}{folder.name}/{file.relative_to(folder).as_posix()}")
+    return path
+
+
+@pytest.mark.parametrize("as_zip", [False, True])
+def test_a_model_is_read_and_installed(tmp_path, as_zip):
+    folder = write_model(tmp_path / "a" / MODEL, folds=(0, 3))
+    (folder / "fold_0" / "prototypes.npz").write_bytes(b"prototypes")
+    (folder / "fold_0" / "debug.json").write_text("{}")
+    model = read_model(packed(folder) if as_zip else folder)
+    assert (model.name, model.configuration) == (MODEL, "3d_fullres")
+    assert model.classes == ("liver", "spleen")
+    assert model.folds == (0, 3)
+    model.install(tmp_path / "target" / MODEL, [0, 3])
+    installed = tmp_path / "target" / MODEL
+    files = {path.relative_to(installed).as_posix() for path in installed.rglob("*") if path.is_file()}
+    assert files == {
+        "plans.json",
+        "dataset.json",
+        "fold_0/checkpoint_final.pth",
+        "fold_0/prototypes.npz",
+        "fold_3/checkpoint_final.pth",
+    }
+    assert (tmp_path / "target" / MODEL / "fold_3" / "checkpoint_final.pth").read_bytes() == b"weights 3"
+
+
+def test_an_only_fold_teaches_any_fold_but_several_only_their_own(tmp_path):
+    assert read_model(write_model(tmp_path / "one" / MODEL, folds=(2,))).fold_for("all") == 2
+    several = read_model(write_model(tmp_path / "two" / MODEL, folds=(0, 1)))
+    assert several.fold_for(1) == 1
+    with pytest.raises(ValueError, match=r"folds \[0, 1\], expected fold 'all'"):
+        several.fold_for("all")
+
+
+BAD = {
+    "nothing there": (lambda root: root / "none", "got nothing there"),
+    "no plans": (lambda root: (root / "empty").mkdir() or root / "empty", "got 0 folders with a plans.json"),
+    "other name": (lambda root: write_model(root / "model"), "a model folder named 'model'"),
+    "no fold": (lambda root: write_model(root / MODEL, folds=()), "no fold_X/checkpoint_final.pth"),
+    "regions": (lambda root: write_model(root / MODEL, {"background": 0, "whole": [1, 2]}), "[Rr]egion"),
+    "gap in labels": (lambda root: write_model(root / MODEL, {"background": 0, "a": 1, "b": 3}), "labels 1, 2"),
+    "no labels": (lambda root: write_model(root / MODEL, {"background": 0}), "labels 1, 2"),
+    "plans of another name": (
+        lambda root: write_model(root / MODEL, plans={"plans_name": "../x", "configurations": {"3d_fullres": {}}}),
+        r"plans named '\.\./x'",
+    ),
+    "configuration": (
+        lambda root: write_model(root / MODEL, plans={"plans_name": "nnUNetPlans", "configurations": {"2d": {}}}),
+        "not among .'2d'.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_no_model_is_refused(tmp_path, case):
+    make, message = BAD[case]
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        read_model(make(tmp_path))
+
+
+def test_zips_that_are_none_hold_two_models_or_broken_json_are_refused(tmp_path):
+    text = tmp_path / "text.zip"
+    text.write_text("no zip")
+    with pytest.raises(ValueError, match="got no zip"):
+        read_model(text)
+    two = packed(write_model(tmp_path / "a" / MODEL))
+    with zipfile.ZipFile(two, "a") as zipped:
+        zipped.writestr(f"other/{MODEL}/plans.json", "{}")
+    with pytest.raises(ValueError, match="got 2 folders"):
+        read_model(two)
+    broken = tmp_path / "broken.zip"
+    with zipfile.ZipFile(broken, "w") as zipped:
+        zipped.writestr(f"{MODEL}/plans.json", "{")
+        zipped.writestr(f"{MODEL}/fold_0/checkpoint_final.pth", "")
+    with pytest.raises(ValueError, match="no JSON"):
+        read_model(broken)
+
+
+def test_a_zip_cannot_write_outside_of_its_place(tmp_path):
+    path = packed(write_model(tmp_path / "a" / MODEL))
+    with zipfile.ZipFile(path, "a") as zipped:
+        zipped.writestr(f"Dataset001_X/{MODEL}/../../../escaped/checkpoint_final.pth", "x")
+        zipped.writestr("/etc/escaped", "x")
+    read_model(path).install(tmp_path / "deep" / "target" / MODEL, ["all"])
+    assert not list(tmp_path.rglob("escaped"))
+    hostile = tmp_path / "hostile.zip"
+    with zipfile.ZipFile(hostile, "w") as zipped:
+        zipped.writestr("../x__y__../plans.json", "{}")
+    with pytest.raises(ValueError, match=r"got no \.\./x__y__\.\./dataset.json"):
+        read_model(hostile)
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory, module_patch) -> Chain:  # noqa: F811
+    """A chain whose step 1 (ball) is trained and exported; its data are then removed."""
+    chain = make_chain(tmp_path_factory.mktemp("first"), module_patch, methods=("pgcd",))
+    train(chain, 1)
+    export_model(chain, chain.variant("pgcd", 0), 1, ["all"], chain.folder / "given", None)
+    return chain
+
+
+def write_extension(root: Path, model: Path, **changes) -> Path:
+    content = {
+        "name": "extended",
+        "model": str(model),
+        "steps": [{"dataset": "new", "classes": {2: "blob"}}],
+        "test": {"dataset": "new", "subjects": ["case_3"], "classes": {"ball": "ball", "blob": "blob"}},
+        "device": "cpu",
+        "training": {"epochs": 1, "iterations_per_epoch": 2, "val_iterations_per_epoch": 1},
+        **changes,
+    }
+    if not (root / "new").is_dir():
+        write_tiny_dataset(root / "new", n_cases=4, seed=7)
+    path = root / "extended.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def move_away(root: Path, monkeypatch) -> None:
+    """Another machine: empty folders."""
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        (root / name).mkdir()
+        monkeypatch.setenv(name, str(root / name))
+
+
+def test_a_zip_is_extended_on_another_machine_and_the_result_again(first, tmp_path, monkeypatch):
+    move_away(tmp_path, monkeypatch)
+    archive = shutil.copy(first.folder / "given.zip", tmp_path)
+    schedule = load_schedule(write_extension(tmp_path, Path(archive)))
+    assert schedule.classes == ("ball", "blob")
+    lines = prepare(schedule, [], [])
+    assert len(lines) == 1
+    assert "Dataset501_extended_step2 3d_fullres all -tr nnUNetTrainerPGCD" in lines[0]
+    table = run(schedule, [], [])
+    assert "pgcd: Dice (%) by step" in table
+    chain = Chain.open(schedule)
+    variant = chain.variant("pgcd", 0)
+    folder = chain.model_folder(variant, 2)
+    assert json.loads((folder / "dataset.json").read_text())["labels"] == {"background": 0, "ball": 1, "blob": 2}
+    plans = json.loads((folder / "plans.json").read_text())
+    assert plans["cil"]["teacher"] == f"Dataset500_extended_step1/{MODEL}"
+    assert plans["cil"]["mirror_axes"] == [0, 1, 2]
+    store = PrototypeStore.load(folder / "fold_all" / "prototypes.npz")
+    assert store.class_names == ("background", "ball", "blob")
+    scores = json.loads((chain.folder / "scores.json").read_text())
+    assert scores["runs"][0]["dice"][0][0] is not None, "the given model is scored as step 1"
+    again = export_model(chain, variant, 2, ["all"], tmp_path / "second", None)
+    write_tiny_dataset(tmp_path / "third", n_cases=3, seed=9)
+    path = write_extension(
+        tmp_path, again, name="third", steps=[{"dataset": "third", "classes": {"ball": "sphere"}}], test=None
+    )
+    third = load_schedule(path)
+    assert third.classes == ("ball", "blob", "sphere")
+    run(third, [], [])
+    last = Chain.open(third)
+    weights = torch.load(
+        last.model_folder(last.variant("pgcd", 0), 2) / "fold_all" / "checkpoint_final.pth", weights_only=False
+    )["network_weights"]
+    assert weights["decoder.seg_layers.0.weight"].shape[0] == 4
+
+
+def test_a_model_without_prototypes_or_of_stock_nnunet_is_extended(first, tmp_path, monkeypatch):
+    """Prototypes come from the teacher's confident predictions on the new scans."""
+    move_away(tmp_path, monkeypatch)
+    folder = next((first.folder / "given").rglob(MODEL))
+    stock = shutil.copytree(folder, tmp_path / MODEL)
+    (stock / "fold_all" / "prototypes.npz").unlink()
+    (stock / "fold_all").rename(stock / "fold_0")
+    plans = json.loads((stock / "plans.json").read_text())
+    plans.pop("cil")
+    (stock / "plans.json").write_text(json.dumps(plans))
+    schedule = load_schedule(write_extension(tmp_path, stock))
+    run(schedule, [], [])
+    chain = Chain.open(schedule)
+    log = next(chain.model_folder(chain.variant("pgcd", 0), 2).rglob("training_log_*.txt")).read_text()
+    assert "taking its confident predictions" in log
+
+
+def test_data_of_another_kind_and_classes_it_has_are_refused(first, tmp_path, monkeypatch):
+    move_away(tmp_path, monkeypatch)
+    given = first.folder / "given.zip"
+    write_tiny_dataset(tmp_path / "new", n_cases=4, channel="CT")
+    schedule = load_schedule(write_extension(tmp_path, given))
+    with pytest.raises(ValueError, match=r"a model for the channels {0: 'MR'}, expected {0: 'CT'}"):
+        prepare_chain(Chain.open(schedule), variants_of(Chain.open(schedule), [], []))
+    assert not list((tmp_path / "nnUNet_raw").iterdir())
+    with pytest.raises(ScheduleError, match="class 'ball' that the model has already"):
+        load_schedule(write_extension(tmp_path, given, steps=[{"dataset": "new", "classes": ["ball"]}], test=None))
+    with pytest.raises(ScheduleError, match="mirror_axes: got the key beside a model"):
+        load_schedule(write_extension(tmp_path, given, mirror_axes=[0]))
+
+
+def test_extend_writes_a_schedule_and_never_over_another(first, tmp_path, monkeypatch, capsys):
+    move_away(tmp_path, monkeypatch)
+    write_tiny_dataset(tmp_path / "new", n_cases=4)
+    monkeypatch.chdir(tmp_path)
+    command = ["extend", str(first.folder / "given.zip"), "--with", "new", "--classes", "pancreas=2", "--only-write"]
+    assert main(command) == 0
+    assert "extended.yaml" in capsys.readouterr().out
+    schedule = load_schedule(tmp_path / "extended.yaml")
+    assert schedule.classes == ("ball", "pancreas")
+    assert dict(schedule.steps[1].class_map) == {"blob": "pancreas"}
+    assert main(command) == 0, "the same again"
+    assert main([*command, "--epochs", "3"]) == 1
+    assert "not touched" in capsys.readouterr().err
