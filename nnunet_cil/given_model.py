@@ -129,10 +129,11 @@ def read_model(path: Path) -> GivenModel:
     if not values or values != list(range(1, len(values) + 1)):
         raise ValueError(f"{path}: got the labels {labels}, expected foreground labels 1, 2, ... as nnU-Net has them.")
     model = GivenModel(path, inner, name, plans, dataset_json, folds)
-    if model.configuration not in plans.get("configurations", {}):
+    known = sorted(plans.get("configurations", {}))
+    if model.configuration not in known:
         raise ValueError(
-            f"{path}: got a model folder {name} whose configuration is not among {sorted(plans.get('configurations', {}))} "
-            "of its plans, expected TRAINER__PLANS__CONFIGURATION as nnU-Net names it."
+            f"{path}: got a model folder {name} whose configuration is not among {known} of its plans, expected "
+            "TRAINER__PLANS__CONFIGURATION as nnU-Net names it."
         )
     if plans.get("plans_name") != name.split("__")[1]:
         raise ValueError(f"{path}: got plans named {plans.get('plans_name')!r} in {name}, expected those of its name.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,17 @@ import pytest
 import SimpleITK
 
 REAL_DATA = Path(os.environ.get("NNUNET_CIL_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+QUICK_SAMPLES = 10**4
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run what takes many minutes, such as the whole demo")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="takes many minutes: pytest --slow runs it"))
 
 
 def real_data(name: str) -> Path:
@@ -62,6 +74,15 @@ def write_tiny_dataset(
     split = {"train": [f"case_{i}" for i in range(n_cases - 1)], "test": [f"case_{n_cases - 1}"]}
     (folder / "split.json").write_text(json.dumps(split))
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_preparation():
+    """nnU-Net's 10^8 intensities and the 12 processes by which it lists files take seconds in each preparation."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nnunet_cil.dataset.INTENSITY_SAMPLES", QUICK_SAMPLES)
+        patch.setattr("nnunetv2.utilities.utils.Pool", ThreadPool, raising=False)
+        yield
 
 
 TINY_SCHEDULE = """

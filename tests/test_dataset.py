@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import combinations
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -66,15 +65,6 @@ def write_own_datasets(root: Path, base: Mapping | None = None) -> Schedule:
 
 def variants_of(chain: Chain):
     return [chain.variant("pgcd", 0), chain.variant("finetune", 0), chain.variant("pgcd", 1), chain.variant(JOINT, 0)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_preparation():
-    """nnU-Net's 10^8 intensities and the 12 processes by which it lists files take seconds in each preparation."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dataset, "INTENSITY_SAMPLES", 10**4)
-        patch.setattr("nnunetv2.utilities.utils.Pool", ThreadPool, raising=False)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,14 @@ import json
 import numpy as np
 import pytest
 from batchgenerators.utilities.file_and_folder_operations import load_pickle
+from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprint_dataset
 
 from nnunet_cil import nnunet_api
 from nnunet_cil.chain import JOINT, Chain
 from nnunet_cil.dataset import prepare_chain
 from nnunet_cil.schedule import load_schedule
-from tests.conftest import write_schedule, write_tiny_dataset
+from tests.conftest import QUICK_SAMPLES, write_schedule, write_tiny_dataset
 
 
 def assert_equal(ours, theirs):
@@ -71,7 +72,14 @@ def test_derived_files_equal_nnunets_own(nnunet_folders, tmp_path, monkeypatch, 
         assert len(list(ours.glob("*.pkl"))) == len(list((ours.parent / "gt_segmentations").iterdir())) == 2
 
 
-def test_fingerprints_equal_nnunets_own(nnunet_folders, tmp_path):
+def test_fingerprints_equal_nnunets_own(nnunet_folders, tmp_path, monkeypatch):
+    initialise = DatasetFingerprintExtractor.__init__
+
+    def with_few_samples(extractor, *args, **kwargs):
+        initialise(extractor, *args, **kwargs)
+        extractor.num_foreground_voxels_for_intensitystats = QUICK_SAMPLES
+
+    monkeypatch.setattr(DatasetFingerprintExtractor, "__init__", with_few_samples)
     source = write_tiny_dataset(tmp_path / "source", n_cases=3, outside=True)
     chain = Chain.open(load_schedule(write_schedule(tmp_path / "s.yaml", source)))
     prepare_chain(chain, [chain.variant("pgcd", 0)])

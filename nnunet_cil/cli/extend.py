@@ -11,8 +11,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "extend",
         help="teach any trained nnU-Net new classes, without its data",
-        description="Writes a schedule whose first step is the given model, and runs it. The data of that model are not "
-        "needed.",
+        description="Writes a schedule whose first step is the given model, and runs it. The data that it was trained "
+        "on are not needed.",
     )
     parser.add_argument("model", type=Path, help="model folder TRAINER__PLANS__CONFIGURATION, or a zip of an export")
     parser.add_argument("--with", dest="dataset", required=True, metavar="DATASET", help="raw dataset of new scans")
