@@ -16,6 +16,7 @@ import torch
 from nnunet_cil.chain import JOINT, Chain, Variant, write_json
 from nnunet_cil.dataset import dataset_json_of
 from nnunet_cil.evaluate import evaluation_file, score_matrix
+from nnunet_cil.given_model import GivenModel
 from nnunet_cil.step_files import read_step_file
 from nnunet_cil.teacher import PROTOTYPE_FILE, sha256_of
 
@@ -100,7 +101,10 @@ def model_card(
     steps = []
     for t in range(1, number + 1):
         marker = read_step_file(chain.raw(t)) or read_step_file(chain.preprocessed(t)) or {}
-        steps.append({"classes": list(schedule.steps[t - 1].classes), "training_subjects": marker.get("n_cases")})
+        entry = {"classes": list(schedule.steps[t - 1].classes), "training_subjects": marker.get("n_cases")}
+        if t not in schedule.own_steps:
+            entry["given_model"] = _card_of(schedule.model)
+        steps.append(entry)
     return {
         "name": schedule.name,
         "method": variant.method,
@@ -114,6 +118,14 @@ def model_card(
         "versions": {name: version(name) for name in ("nnunet-cil", "nnunetv2", "torch")},
         "use": "Research only. No medical device: every result has to be checked by somebody who can.",
     }
+
+
+def _card_of(model: GivenModel) -> dict[str, Any]:
+    """The card of a given model, or its name if it has none."""
+    try:
+        return read_card(model.path)
+    except (FileNotFoundError, ValueError):
+        return {"name": model.name}
 
 
 def _scores(chain: Chain, variant: Variant, step: int | str, folds: Sequence[int | str]) -> dict[str, Any]:
@@ -168,7 +180,12 @@ def card_text(card: Mapping[str, Any]) -> str:
     organs = {name: value for name, value in card.get("labels", {}).items() if name != "background"}
     lines.append("labels: " + ", ".join(f"{value} {name}" for name, value in organs.items()))
     for number, step in enumerate(card.get("steps", ()), 1):
-        lines.append(f"step {number}: {', '.join(step['classes'])}, {step['training_subjects']} training subjects")
+        subjects = step.get("training_subjects")
+        origin = (
+            f"the given model {step['given_model'].get('name')}" if "given_model" in step else "number not recorded"
+        )
+        origin = origin if subjects is None else f"{subjects} training subjects"
+        lines.append(f"step {number}: {', '.join(step['classes'])}, {origin}")
     for fold, scores in card.get("scores", {}).items():
         dice = ", ".join(f"{name} {100 * value:.1f}" for name, value in scores["mean_dice"].items())
         lines.append(f"{fold}: mean Dice in % on {scores['test_subjects']} test subjects: {dice}")

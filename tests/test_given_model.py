@@ -14,8 +14,8 @@ import yaml
 from nnunet_cil.chain import Chain
 from nnunet_cil.cli.main import main
 from nnunet_cil.dataset import prepare_chain
-from nnunet_cil.driver import prepare, run, variants_of
-from nnunet_cil.export import export_model
+from nnunet_cil.driver import prepare, run, variants_of, write_report
+from nnunet_cil.export import card_text, export_model, read_card
 from nnunet_cil.given_model import read_model
 from nnunet_cil.prototypes import PrototypeStore
 from nnunet_cil.schedule import ScheduleError, load_schedule
@@ -190,7 +190,9 @@ def test_a_zip_is_extended_on_another_machine_and_the_result_again(first, tmp_pa
     assert store.class_names == ("background", "ball", "blob")
     scores = json.loads((chain.folder / "scores.json").read_text())
     assert scores["runs"][0]["dice"][0][0] is not None, "the given model is scored as step 1"
+    assert write_report(schedule, [], []).is_file()
     again = export_model(chain, variant, 2, ["all"], tmp_path / "second", None)
+    assert "step 1: ball, the given model tiny" in card_text(read_card(again))
     write_tiny_dataset(tmp_path / "third", n_cases=3, seed=9)
     path = write_extension(
         tmp_path, again, name="third", steps=[{"dataset": "third", "classes": {"ball": "sphere"}}], test=None
