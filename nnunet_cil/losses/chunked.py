@@ -37,6 +37,11 @@ def chunks(flat: torch.Tensor, n_channels: int) -> Iterator[tuple[int, slice]]:
             yield b, slice(start, start + size)
 
 
+def _is_one(factor: torch.Tensor) -> bool:
+    """Whether a pass over all voxels can be saved; where asking would wait for the device, it is not asked."""
+    return factor.device.type == "cpu" and factor.item() == 1
+
+
 class _SumsOverChunks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, terms: Terms, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -59,5 +64,5 @@ class _SumsOverChunks(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        scaled = [g * u.to(g.dtype) for g, u in zip(ctx.saved_tensors, upstream, strict=True)]
+        scaled = [g if _is_one(u) else g * u.to(g.dtype) for g, u in zip(ctx.saved_tensors, upstream, strict=True)]
         return None, *(g.unflatten(2, shape[2:]) for g, shape in zip(scaled, ctx.shapes, strict=True))

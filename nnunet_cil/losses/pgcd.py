@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn.functional import log_softmax, normalize
+from torch.nn.functional import normalize
 
 from nnunet_cil.losses.chunked import sums_over_chunks
-from nnunet_cil.losses.distillation import at_least_float32, fold_logits
+from nnunet_cil.losses.distillation import at_least_float32
 
 EPS = 1e-8
 
@@ -39,13 +39,13 @@ def similarity(features: torch.Tensor, prototypes: torch.Tensor, centre: torch.T
 
 
 def calibration_weights(
-    similarities: torch.Tensor, usable: torch.Tensor, tau: torch.Tensor | float, w_max: float
+    similarities: torch.Tensor, usable: torch.Tensor | None, tau: torch.Tensor | float, w_max: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Assignment of voxels to prototypes, and the distillation weight of each voxel and class. Our derivation.
 
     Args:
         similarities: (B, K, *S).
-        usable: (K,) bool; the others take no part in the softmax.
+        usable: (K,) bool; the others take no part in the softmax. None: all are.
         tau: temperature, in cosine units.
         w_max: largest weight.
 
@@ -53,11 +53,22 @@ def calibration_weights(
         a (B, K, *S), a softmax over the usable classes, 0 for the others; and w = min(n a, w_max) with n usable
         classes, 1 for a class that is not usable.
     """
+    if usable is None:
+        assignment = torch.softmax(similarities / tau, 1)
+        return assignment, (similarities.shape[1] * assignment).clamp_max_(w_max)
     shown = usable.reshape(1, -1, *[1] * (similarities.ndim - 2))
     scaled = torch.where(shown, similarities / tau, -torch.inf)
     assignment = torch.where(shown, torch.softmax(scaled, 1), 0.0)
     weights = torch.where(shown, (usable.sum() * assignment).clamp_max(w_max), 1.0)
     return assignment, weights
+
+
+def _softmax_(logits: torch.Tensor) -> torch.Tensor:
+    """Turn logits (B, K, *S) into probabilities in place; returns the log of what they were divided by, (B, 1, *S)."""
+    peak = logits.amax(1, keepdim=True)
+    norm = logits.sub_(peak).exp_().sum(1, keepdim=True)
+    logits.div_(norm)
+    return norm.log_().add_(peak)
 
 
 @torch.no_grad()
@@ -84,17 +95,22 @@ def pgcd_spatial(
         the student's logits of its voxel, (B, K, *S).
     """
     n_old = teacher_logits.shape[1]
-    folded = fold_logits(student_logits, n_old)
-    log_p, log_q = log_softmax(folded, 1), log_softmax(teacher_logits, 1)
-    p, q = log_p.exp(), log_q.exp()
-    excess = (p - q).mul_(weights)
+    folded_in = torch.cat([student_logits[:, :1], student_logits[:, n_old:]], 1)
+    background = torch.logsumexp(folded_in, 1, keepdim=True)
+    gap, old = torch.empty_like(teacher_logits), student_logits[:, 1:n_old]
+    torch.sub(teacher_logits[:, :1], background, out=gap[:, :1])
+    torch.sub(teacher_logits[:, 1:], old, out=gap[:, 1:])
+    p = torch.cat([background, old], 1)
+    log_norm_p, log_norm_q = _softmax_(p), _softmax_(q := teacher_logits.clone())
+    gap.add_(log_norm_p - log_norm_q)  # log(q / p~)
+    wanted = q.mul_(weights)
+    excess = (p * weights).sub_(wanted)
     total = excess.sum(1, keepdim=True)
-    values = log_q.sub_(log_p).mul_(q).mul_(weights).sum(1).add_(total[:, 0])
-    by_folded = excess.sub_(p.mul_(total))
+    values = gap.mul_(wanted).sum(1).add_(total[:, 0])
     gradient = torch.empty_like(student_logits)
-    gradient[:, 1:n_old] = by_folded[:, 1:]
-    for folded_in in (slice(0, 1), slice(n_old, None)):
-        gradient[:, folded_in] = (student_logits[:, folded_in] - folded[:, :1]).exp_().mul_(by_folded[:, :1])
+    torch.addcmul(excess[:, 1:], p[:, 1:], total, value=-1, out=gradient[:, 1:n_old])
+    by_background = (folded_in - background).exp_().mul_(excess[:, :1] - p[:, :1] * total)
+    gradient[:, :1], gradient[:, n_old:] = by_background[:, :1], by_background[:, 1:]
     if balance is not None:
         weight = balance[teacher_logits.argmax(1)]
         values, gradient = values * weight, gradient * weight[:, None]
@@ -175,7 +191,7 @@ class PGCDLoss(nn.Module):
         labels: torch.Tensor,
         prototypes: torch.Tensor,
         centre: torch.Tensor,
-        usable: torch.Tensor,
+        usable: torch.Tensor | None,
         tau: torch.Tensor | float,
     ) -> dict[str, torch.Tensor]:
         """The terms of a batch; computed in float32 whatever the inputs and autocast.
@@ -188,7 +204,7 @@ class PGCDLoss(nn.Module):
             labels: (B, *S) y^; a voxel labelled new, in [n_old, K), does not distil.
             prototypes: (n_old, D); rows that are not usable are not read.
             centre: (D,).
-            usable: (n_old,) bool.
+            usable: (n_old,) bool; None if all are, which saves time.
             tau: temperature.
 
         Returns:
@@ -198,7 +214,9 @@ class PGCDLoss(nn.Module):
             return {}
         with torch.autocast(student_logits.device.type, enabled=False):
             z_t, f_t = (tensor.detach().flatten(2) for tensor in (teacher_logits, teacher_features))
-            usable_prototypes = torch.where(usable[:, None], prototypes.detach(), 0.0)
+            usable_prototypes = prototypes.detach()
+            if usable is not None:
+                usable_prototypes = torch.where(usable[:, None], usable_prototypes, 0.0)
             mask = ((labels < self.n_old) | (labels >= student_logits.shape[1])).flatten(1)
 
             def terms(b: int, where: slice, *inputs: torch.Tensor) -> list:
@@ -217,8 +235,12 @@ class PGCDLoss(nn.Module):
                     decision = None if self.balance is None else logits.argmax(1)
                     channel = pgcd_channel(inputs[-1], features, assignment, own, middle, decision, self.balance)
                     found.append(channel)
-                counted = mask[b : b + 1, where].to(features.dtype)
-                return [((counted * values).sum(), gradient.mul_(counted[:, None])) for values, gradient in found]
+                counted = mask[b : b + 1, where].to(features.dtype) / n_voxels
+                shares = [counted * weight for _, weight in named.values()]
+                return [
+                    ((share * values).sum(), gradient.mul_(share[:, None]))
+                    for share, (values, gradient) in zip(shares, found, strict=True)
+                ]
 
             named = {}
             if self.spatial:
@@ -226,8 +248,5 @@ class PGCDLoss(nn.Module):
             if self.eta:
                 named["pgcd_channel"] = (student_features, self.eta)
             n_voxels = mask.sum().clamp_min(1)
-            totals = sums_over_chunks(terms, *(tensor for tensor, _ in named.values()))
-            return {
-                name: weight * total / n_voxels
-                for (name, (_, weight)), total in zip(named.items(), totals, strict=True)
-            }
+            means = sums_over_chunks(terms, *(tensor for tensor, _ in named.values()))
+            return dict(zip(named, means, strict=True))

@@ -57,6 +57,7 @@ class PGCD(Objective):
         means = torch.from_numpy(prototypes.means).float().nan_to_num()
         self.register_buffer("means", means)
         self.register_buffer("usable", torch.from_numpy(prototypes.usable))
+        self.all_usable = bool(prototypes.usable.all())
         self.register_buffer("centre", torch.from_numpy(prototypes.centre).float())
         self.register_buffer("tau", torch.tensor(float(prototypes.tau)))
         self.background = RunningBackground(means[0].clone(), momentum=settings["mu"])
@@ -90,7 +91,7 @@ class PGCD(Objective):
                 labels,
                 prototypes,
                 self.centre,
-                self.usable,
+                None if self.all_usable else self.usable,
                 self.tau,
             )
             terms |= {name: self.lambda_pgcd * value for name, value in calibrated.items()}
