@@ -570,3 +570,10 @@ def open_segmentation(path: Path) -> Any:
 
     mmap = {} if os.name == "nt" else {"mmap_mode": "r"}
     return blosc2.open(urlpath=str(path), mode="r", dparams={"nthreads": 1}, **mmap)
+
+
+def split_4d(path: Path, folder: Path) -> None:
+    """Write each channel of a NIfTI file of four dimensions as a file of its own, ``NAME_0000.nii.gz`` and so on."""
+    from nnunetv2.dataset_conversion.convert_MSD_dataset import split_4d_nifti
+
+    split_4d_nifti(str(path), str(folder))

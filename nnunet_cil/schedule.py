@@ -737,7 +737,7 @@ class _Reader:
         if value is None:
             return (), None
         if isinstance(value, str) and value.endswith(".json"):
-            value, train = self._split_file(value)
+            value, train = self._split_file(value, source)
             if value is None:
                 return (), None
         classes = tuple(name for step in steps for name in step.classes)
@@ -747,8 +747,10 @@ class _Reader:
             self._subjects("test: train", train, source / "imagesTr", source)
         return tuple(s for s in sets if s is not None), train
 
-    def _split_file(self, value: str) -> tuple[list[str] | None, tuple[str, ...] | None]:
+    def _split_file(self, value: str, source: Path | None) -> tuple[list[str] | None, tuple[str, ...] | None]:
         path = self._path("test", value)
+        if path is not None and not path.is_file() and source is not None and (source / value).is_file():
+            path = source / value  # as `nnunet-cil convert` writes it
         if path is None or not path.is_file():
             self.problem("test", f"no file {path}", "a JSON file with the key 'test', and maybe 'train'")
             return None, None

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS = (
     {"labels", "schedule", "metrics", "losses", "prototypes", "features", "parallel", "surface_scores", "given_model"},
-    {"nnunet_api", "environment", "phantom", "step_files", "logging_terms", "precision"},
+    {"nnunet_api", "environment", "phantom", "convert", "step_files", "logging_terms", "precision"},
     {"teacher", "block", "plan_override", "intensity", "extraction", "pseudo_labels", "imprinting"},
     {"objectives", "chain"},
     {"trainer", "dataset"},

@@ -499,17 +499,6 @@ def test_yaml_off_and_short_exponents_mean_what_they_look_like(raw, tmp_path):
     assert schedule.training.later_lr == 1e-3
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "plans").glob("*.yaml")), ids=lambda path: path.stem)
-def test_shipped_schedules_load(path, raw):
-    content = yaml.safe_load(path.read_text())
-    names = [name for step in content["steps"] for name in step]
-    write_raw(raw / content["source"], names)
-    schedule = load_schedule(path)
-    assert schedule.name == path.stem
-    first, later = (int(n) for n in path.stem.split("_")[1].split("-"))
-    assert [len(step.classes) for step in schedule.steps] == [first] + [later] * (len(schedule.steps) - 1)
-
-
 NESTED_KEYS = [f.name for f in fields(Training)] + [f.name for f in fields(PlanOverride)] + list(METHOD_DEFAULTS)
 WORDS = st.sampled_from(
     [*ORGANS, *SUBJECTS, "background", "all", "given", "off", "Dataset001_Organs", "raw", "x.json", "~", "~no/x", "2d"]

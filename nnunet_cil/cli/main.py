@@ -24,6 +24,7 @@ SUBCOMMANDS = (
     "report",
     "export",
     "info",
+    "convert",
     "env",
     "demo",
 )

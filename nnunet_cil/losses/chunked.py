@@ -42,6 +42,12 @@ def _is_one(factor: torch.Tensor) -> bool:
     return factor.device.type == "cpu" and factor.item() == 1
 
 
+def piece(flat: torch.Tensor, b: int, where: slice) -> torch.Tensor:
+    """One piece (1, C, v) of (B, C, V), at least float32, voxels side by side: a channels-last one is turned around."""
+    part = at_least_float32(flat[b : b + 1, :, where])
+    return part if part.stride(2) == 1 else part.contiguous()
+
+
 class _SumsOverChunks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, terms: Terms, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -50,7 +56,7 @@ class _SumsOverChunks(torch.autograd.Function):
         gradients = [torch.empty_like(tensor) if wanted else None for tensor in flat]
         totals: list[torch.Tensor] = []
         for b, where in chunks(flat[0], max(tensor.shape[1] for tensor in flat)):
-            found = terms(b, where, *(at_least_float32(tensor[b : b + 1, :, where]) for tensor in flat))
+            found = terms(b, where, *(piece(tensor, b, where) for tensor in flat))
             if wanted:
                 for whole, (_, gradient) in zip(gradients, found, strict=True):
                     whole[b : b + 1, :, where] = gradient

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-from nnunet_cil.losses.chunked import sums_over_chunks
-from nnunet_cil.losses.distillation import at_least_float32
+from nnunet_cil.losses.chunked import piece, sums_over_chunks
 
 EPS = 1e-8
 
@@ -220,7 +219,7 @@ class PGCDLoss(nn.Module):
             mask = ((labels < self.n_old) | (labels >= student_logits.shape[1])).flatten(1)
 
             def terms(b: int, where: slice, *inputs: torch.Tensor) -> list:
-                logits, features = (at_least_float32(t[b : b + 1, :, where]) for t in (z_t, f_t))
+                logits, features = (piece(tensor, b, where) for tensor in (z_t, f_t))
                 own, middle = usable_prototypes.to(features.dtype), centre.to(features.dtype)
                 similarities = similarity(features, own, middle)
                 assignment, weights = calibration_weights(similarities, usable, tau, self.w_max)
