@@ -55,7 +55,11 @@ def measure(source: Path | None, rounds: int, root: Path) -> dict:
     if source is None:
         source = root / "phantoms"
         write_phantom(source, n_train=14, n_test=0, shape=(40, 128, 128))
-    classes = [name for name, value in json.loads((source / "dataset.json").read_text())["labels"].items() if value]
+    classes = [
+        name
+        for name, value in json.loads((source / "dataset.json").read_text(encoding="utf-8"))["labels"].items()
+        if value
+    ]
     content = {"name": "bench", "source": str(source.absolute()), "steps": [classes[:-1], classes[-1:]]}
     (root / "bench.yaml").write_text(yaml.safe_dump(content))
     chain = Chain.open(load_schedule(root / "bench.yaml"))
@@ -75,8 +79,8 @@ def measure(source: Path | None, rounds: int, root: Path) -> dict:
         preprocess_dataset(number, plans_name, ("3d_fullres",), (workers,), show_progress_bar=False)
 
     def nnunet_in_this_process() -> None:
-        plans = json.loads((folder / f"{plans_name}.json").read_text())
-        dataset_json = json.loads((folder / "dataset.json").read_text())
+        plans = json.loads((folder / f"{plans_name}.json").read_text(encoding="utf-8"))
+        dataset_json = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
         target = folder / "nnUNetPlans_3d_fullres"
         shutil.rmtree(target)
         target.mkdir()

@@ -227,4 +227,4 @@ def machine(device: torch.device) -> str:
 
 def _cpuinfo() -> Sequence[str]:
     path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.is_file() else ()
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else ()

@@ -109,7 +109,7 @@ def peak_bytes(name: str, network: str, n_classes: int, device: torch.device) ->
 
 def _resident(key: str) -> int | None:
     path = Path("/proc/self/status")
-    lines = path.read_text().splitlines() if path.is_file() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:")), None)
 
 

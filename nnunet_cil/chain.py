@@ -102,7 +102,7 @@ class Chain:
         """
         folder = nnunet_api.nnunet_paths()["nnUNet_results"] / f"chain_{schedule.name}"
         path = folder / "chain.json"
-        known = json.loads(path.read_text()) if path.is_file() else None
+        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
         abandoned: list[Path] = []
         if known is not None:
             chain = cls(schedule, known)
@@ -296,7 +296,7 @@ def _free_ids(schedule: Schedule, count: int, abandoned: Set[str]) -> list[int]:
 def _ids_of_other_chains(name: str) -> dict[int, set[str]]:
     """Numbers that chains keep for datasets which they have not made yet."""
     files = nnunet_api.nnunet_paths()["nnUNet_results"].glob("chain_*/chain.json")
-    others = [content for file in files if (content := json.loads(file.read_text()))["name"] != name]
+    others = [content for file in files if (content := json.loads(file.read_text(encoding="utf-8")))["name"] != name]
     return {
         number: {f"chain {content['name']}"} for content in others for number in [*content["datasets"], content[JOINT]]
     }

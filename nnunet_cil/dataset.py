@@ -57,7 +57,7 @@ class Case:
 
 def dataset_json_of(folder: Path) -> dict[str, Any]:
     """A raw dataset's dataset.json."""
-    return json.loads((folder / "dataset.json").read_text())
+    return json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
 
 
 def final_labels(schedule: Schedule, step: int, own: Mapping[str, Any]) -> dict[str, int]:
@@ -463,7 +463,7 @@ def test_set_is_written(chain: Chain) -> bool:
     path = chain.folder / "test" / "test.json"
     if not chain.schedule.test or not path.is_file():
         return not chain.schedule.test
-    written = json.loads(path.read_text())
+    written = json.loads(path.read_text(encoding="utf-8"))
     wanted = json.loads(json.dumps(chain.schedule.to_dict()["test"]))
     return written["test"] == wanted and list(written["cases"]) == list(test_cases(chain.schedule))
 
@@ -540,7 +540,7 @@ def base_plans(chain: Chain) -> dict[str, Any]:
     if chain.schedule.model is not None:
         return {key: value for key, value in chain.schedule.model.plans.items() if key != BLOCK_KEY}
     path = chain.preprocessed(1) / f"{chain.content['plans_name']}.json"
-    return {key: value for key, value in json.loads(path.read_text()).items() if key != BLOCK_KEY}
+    return {key: value for key, value in json.loads(path.read_text(encoding="utf-8")).items() if key != BLOCK_KEY}
 
 
 def _plan(chain: Chain, step: int | str, cases: Sequence[Case], scans: Mapping[Path, Scan]) -> None:
@@ -565,12 +565,12 @@ def _plan(chain: Chain, step: int | str, cases: Sequence[Case], scans: Mapping[P
 def _plan_first_step(chain: Chain) -> None:
     schedule, folder = chain.schedule, chain.preprocessed(1)
     if schedule.base_plans is not None:
-        plans = json.loads(schedule.base_plans.read_text())
+        plans = json.loads(schedule.base_plans.read_text(encoding="utf-8"))
         plans["dataset_name"] = chain.dataset_name(1)
         name = plans["plans_name"]
     else:
         name = nnunet_api.plan(chain.dataset_id(1), schedule.planner)
-        plans = json.loads((folder / f"{name}.json").read_text())
+        plans = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     if schedule.configuration not in plans["configurations"]:
         raise ValueError(
             f"{schedule.file}: configuration: got {schedule.configuration!r}, expected one that nnU-Net planned for "
@@ -655,7 +655,7 @@ def _check_same_settings(chain: Chain, variant: Variant, step: int | str) -> Non
     path = chain.model_folder(variant, step) / "plans.json"
     if not path.is_file():
         return
-    before = StepBlock.from_plans(json.loads(path.read_text()), dataset_json_of(path.parent)).settings
+    before = StepBlock.from_plans(json.loads(path.read_text(encoding="utf-8")), dataset_json_of(path.parent)).settings
     now = block_of(chain, owner, step).settings
     if differing := [f"{k}: {before.get(k)} then, {now.get(k)} now" for k in now if before.get(k) != now.get(k)]:
         raise ValueError(

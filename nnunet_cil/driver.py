@@ -113,7 +113,7 @@ def report(chain: Chain, variants: Sequence[Variant]) -> str:
     if len(scores) > 1 and chain.default_method in scores:
         table += "\n" + paired_table(scores, chain.default_method, classes, at)
     write_matrices(chain, content)
-    (chain.folder / "table.txt").write_text(table + "\n")
+    (chain.folder / "table.txt").write_text(table + "\n", encoding="utf-8")
     (chain.folder / "figures").mkdir(exist_ok=True)
     plot_mean_dice(rows, at, chain.folder / "figures" / "mean_dice.png")
     return table
@@ -154,7 +154,7 @@ def status(schedule: Schedule, methods: Sequence[str], seeds: Sequence[int | Non
     for variant, step, fold in _trainings(chain, variants_of(chain, methods, seeds)):
         folder = chain.model_folder(variant, step) / f"fold_{fold}"
         logs = sorted(folder.glob("training_log_*.txt"), key=lambda path: path.stat().st_mtime)
-        epochs = re.findall(r"^.*?Epoch (\d+) *$", logs[-1].read_text(), re.MULTILINE) if logs else []
+        epochs = re.findall(r"^.*?Epoch (\d+) *$", logs[-1].read_text(encoding="utf-8"), re.MULTILINE) if logs else []
         state = "waiting"
         if chain.trained(variant, step, fold):
             state = "done"
@@ -171,7 +171,7 @@ def _nnunet_output(chain: Chain) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
         nnunet_api.environment_variable("nnUNet_extTrainer", trainer_path_variable()),
-        open(path, "a") as log,
+        open(path, "a", encoding="utf-8") as log,
         redirect_stdout(log),
     ):
         yield
@@ -265,9 +265,14 @@ def _train(chain: Chain, variant: Variant, step: int | str, fold: int | str, lab
     log_path.parent.mkdir(parents=True, exist_ok=True)
     progress = _Progress(label, block_of(chain, variant, step).training.epochs)
     command = nnunet_api.train_process_command(arguments, resume)
-    with open(log_path, "a") as log:
+    with open(log_path, "a", encoding="utf-8") as log:
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+            env={**environment, "PYTHONIOENCODING": "utf-8"},
         )
         try:
             for line in process.stdout or ():

@@ -83,7 +83,7 @@ def evaluate_model(chain: Chain, variant: Variant, step: int | str, fold: int | 
         "test_sha256": sha256_of(chain.folder / "test" / "test.json"),
         "nsd_tolerance_mm": tolerance_mm,
     }
-    if path.is_file() and (known := json.loads(path.read_text())).items() >= key.items():
+    if path.is_file() and (known := json.loads(path.read_text(encoding="utf-8"))).items() >= key.items():
         return known
     test = _test_set(chain)
     ending = test["file_ending"]
@@ -151,7 +151,7 @@ def count_parameters(checkpoint: Path) -> int:
 
 
 def _test_set(chain: Chain) -> dict[str, Any]:
-    return json.loads((chain.folder / "test" / "test.json").read_text())
+    return json.loads((chain.folder / "test" / "test.json").read_text(encoding="utf-8"))
 
 
 def _say(line: str) -> None:
@@ -198,7 +198,7 @@ def _evaluations(chain: Chain, variant: Variant, fold: int | str) -> dict[int, d
     found = {}
     for row, step in _steps(chain, variant).items():
         path = evaluation_file(chain, variant, step, fold)
-        content = json.loads(path.read_text()) if path.is_file() else {}
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if content.get("nsd_tolerance_mm") == chain.schedule.nsd_tolerance_mm:
             found[row] = content
     return found
@@ -417,7 +417,7 @@ def _bytes_kept(chain: Chain, run: _Run) -> dict[str, dict[str, int]] | None:
         prototypes = 0
         if step > 1 and (path := _fold_folder(chain, run, step - 1) / PROTOTYPE_FILE).is_file():
             prototypes = path.stat().st_size
-        memory = int(json.loads(replay.read_text())["bytes"]) if replay.is_file() else 0
+        memory = int(json.loads(replay.read_text(encoding="utf-8"))["bytes"]) if replay.is_file() else 0
         kept[_name(step)] = {"prototypes": prototypes, "replay": memory}
     return kept
 
@@ -425,7 +425,7 @@ def _bytes_kept(chain: Chain, run: _Run) -> dict[str, dict[str, int]] | None:
 def _costs(chain: Chain, run: _Run) -> dict[str, Any]:
     steps = _steps(chain, run.variant).values()
     found = {_name(step): _fold_folder(chain, run, step) / "cost.json" for step in steps}
-    return {name: json.loads(path.read_text()) for name, path in found.items() if path.is_file()}
+    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in found.items() if path.is_file()}
 
 
 def _fold_folder(chain: Chain, run: _Run, step: int | str) -> Path:

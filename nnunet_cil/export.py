@@ -60,7 +60,7 @@ def export_model(
     _, plans_name, configuration = source.name.split("__")
     model = partial / chain.dataset_name(step) / f"{STOCK_TRAINER}__{plans_name}__{configuration}"
     model.mkdir(parents=True)
-    plans = json.loads((source / "plans.json").read_text())
+    plans = json.loads((source / "plans.json").read_text(encoding="utf-8"))
     write_json(model / "plans.json", plans)
     shutil.copyfile(source / "dataset.json", model / "dataset.json")
     if (fingerprint := source / "dataset_fingerprint.json").is_file():
@@ -137,7 +137,10 @@ def _scores(chain: Chain, variant: Variant, step: int | str, folds: Sequence[int
         row = (chain.n_steps if step == JOINT else int(step)) - 1
         values = score_matrix(chain, variant, fold)[row]
         dice = {name: round(float(v), 4) for name, v in zip(chain.schedule.classes, values, strict=True) if v == v}
-        scored[f"fold_{fold}"] = {"mean_dice": dice, "test_subjects": len(json.loads(path.read_text())["scores"])}
+        scored[f"fold_{fold}"] = {
+            "mean_dice": dice,
+            "test_subjects": len(json.loads(path.read_text(encoding="utf-8"))["scores"]),
+        }
     return scored
 
 

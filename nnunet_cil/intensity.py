@@ -46,7 +46,7 @@ def set_intensity(plans: Mapping[str, Any], intensity: Intensity, raw: Path) -> 
 def _whole_image_properties(raw: Path, n_channels: int) -> dict[str, dict[str, float]]:
     rng = np.random.default_rng(0)
     samples: list[list[np.ndarray]] = [[] for _ in range(n_channels)]
-    dataset_json = json.loads((raw / "dataset.json").read_text())
+    dataset_json = json.loads((raw / "dataset.json").read_text(encoding="utf-8"))
     for images, _ in nnunet_api.training_cases(raw).values():
         reader = nnunet_api.reader_writer(dataset_json, images[0])
         data, _ = reader.read_images([str(path) for path in images])

@@ -538,7 +538,7 @@ def fold_cases(folder: Path, fold: int | str) -> list[str]:
         raise FileNotFoundError(f"{folder}: got no such folder, expected the preprocessed cases that are to be kept.")
     if fold == "all":
         return sorted(preprocessed_dataset(folder).identifiers)
-    return sorted(json.loads((folder.parent / "splits_final.json").read_text())[int(fold)]["train"])
+    return sorted(json.loads((folder.parent / "splits_final.json").read_text(encoding="utf-8"))[int(fold)]["train"])
 
 
 def case_files(folder: Path, case: str) -> list[Path]:

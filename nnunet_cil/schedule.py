@@ -343,7 +343,7 @@ class _Reader:
         folder = source or (steps[-1].dataset if steps else None)
         if folder is None or not intensity.given:
             return
-        names = json.loads((folder / "dataset.json").read_text())["channel_names"]
+        names = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["channel_names"]
         if unknown := sorted(set(intensity.given) - {str(channel) for channel in names}):
             self.problem("intensity: given", f"channels {unknown}", f"channel numbers of {folder.name}: {dict(names)}")
 
@@ -548,7 +548,7 @@ class _Reader:
             self.problem("plans: base", f"no file {path}", "a plans.json of nnU-Net")
             return
         try:
-            plans = json.loads(path.read_text())
+            plans = json.loads(path.read_text(encoding="utf-8"))
             missing = {"plans_name", "configurations", "image_reader_writer"} - set(plans)
         except (OSError, ValueError, TypeError) as error:
             self.problem("plans: base", f"{path}: {error}", "a plans.json of nnU-Net")
@@ -598,11 +598,11 @@ class _Reader:
 
     @staticmethod
     def _lists_files(folder: Path) -> bool:
-        return "dataset" in json.loads((folder / "dataset.json").read_text())
+        return "dataset" in json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
 
     def _labels_of(self, key: str, folder: Path) -> dict[str, int] | None:
         try:
-            content = json.loads((folder / "dataset.json").read_text())
+            content = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
             labels = content["labels"]
             check_regions(labels, str(folder / "dataset.json"))
             values = {str(name): int(value) for name, value in labels.items()}
@@ -686,7 +686,7 @@ class _Reader:
         return Step(tuple(names))
 
     def _check_own_names(self, key: str, names: Sequence[str], folder: Path) -> None:
-        labels = json.loads((folder / "dataset.json").read_text())["labels"]
+        labels = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["labels"]
         for name in names:
             if name not in labels:
                 near = difflib.get_close_matches(name, labels, 1)
@@ -707,7 +707,7 @@ class _Reader:
 
     def _class_map(self, key: str, value: Any, folder: Path | None) -> dict[str, str | None] | None:
         if isinstance(value, dict) and folder is not None:  # own labels may be given by number
-            labels = json.loads((folder / "dataset.json").read_text())["labels"]
+            labels = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["labels"]
             names = {number: name for name, number in labels.items()}
             value = {names.get(own, own) if _is_int(own) else own: name for own, name in value.items()}
         if isinstance(value, list):
@@ -755,7 +755,7 @@ class _Reader:
             self.problem("test", f"no file {path}", "a JSON file with the key 'test', and maybe 'train'")
             return None, None
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_text(encoding="utf-8"))
             test, train = content["test"], content.get("train")
             if not all(isinstance(name, str) for name in [*test, *(train or [])]) or not test:
                 raise ValueError("subjects must be names")
@@ -822,7 +822,7 @@ class _Reader:
         if not isinstance(subjects, (list, tuple)) or not subjects or not all(isinstance(s, str) for s in subjects):
             self.problem(f"{key}: subjects", repr(subjects), "a list of subject names")
             return None
-        ending = json.loads((folder / "dataset.json").read_text())["file_ending"]
+        ending = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["file_ending"]
         missing = [s for s in subjects if not (images / f"{s}_0000{ending}").is_file()]
         if missing and not self._lists_files(folder):
             shown = f"{missing[:5]}{' ...' * (len(missing) > 5)}"

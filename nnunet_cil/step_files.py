@@ -11,7 +11,7 @@ STEP_FILE = "cil_step.json"
 def read_step_file(folder: Path) -> dict | None:
     """Content of a folder's ``cil_step.json``, None if it has none (the folder is not one of ours)."""
     path = folder / STEP_FILE
-    return json.loads(path.read_text()) if path.is_file() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def count_whole_cases(folder: Path) -> int:

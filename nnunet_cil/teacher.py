@@ -73,8 +73,8 @@ def load_teacher(model_folder: Path, fold: int | str, checkpoint_name: str, devi
                 "fold) first: `nnunet-cil run SCHEDULE` does it in order."
             )
     try:
-        plans = json.loads((model_folder / "plans.json").read_text())
-        dataset_json = json.loads((model_folder / "dataset.json").read_text())
+        plans = json.loads((model_folder / "plans.json").read_text(encoding="utf-8"))
+        dataset_json = json.loads((model_folder / "dataset.json").read_text(encoding="utf-8"))
         checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=False)
         weights = checkpoint["network_weights"]
         configuration = checkpoint["init_args"]["configuration"]

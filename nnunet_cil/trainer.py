@@ -246,7 +246,7 @@ class IncrementalTrainer(nnUNetTrainer):
         root, plans = Path(self.preprocessed_dataset_folder_base).parent, self.plans_manager.plans
         for step in range(self.block.step - 1, 0, -1):
             model = Path(plans[BLOCK_KEY]["teacher"])
-            plans = json.loads((Path(str(nnUNet_results)) / model / "plans.json").read_text())
+            plans = json.loads((Path(str(nnUNet_results)) / model / "plans.json").read_text(encoding="utf-8"))
             folder = root / model.parts[0] / self.configuration_manager.data_identifier
             cases = nnunet_api.fold_cases(folder, self.fold)
             chosen = np.random.default_rng([self.block.training.seed or 0, step]).permutation(len(cases))

@@ -175,7 +175,7 @@ def test_changed_schedule_of_the_same_name_is_refused(schedule, tmp_path, source
 def test_changed_steps_are_named_with_both_values(schedule, tmp_path, source):
     start(Chain.open(schedule))
     path = write_schedule(tmp_path / "changed.yaml", source)
-    path.write_text(path.read_text().replace("- [ball]\n  - [blob]", "- [blob]\n  - [ball]"))
+    path.write_text(path.read_text(encoding="utf-8").replace("- [ball]\n  - [blob]", "- [blob]\n  - [ball]"))
     with pytest.raises(ValueError, match=r"\n  steps: chain .*'ball'.*'blob'.*, schedule .*'blob'.*'ball'"):
         Chain.open(load_schedule(path))
 
@@ -206,7 +206,7 @@ def test_changed_schedule_starts_anew_where_nothing_was_planned(schedule, tmp_pa
 def test_device_and_test_may_change(schedule, tmp_path, source):
     start(Chain.open(schedule))
     path = write_schedule(tmp_path / "changed.yaml", source)
-    text = path.read_text().replace("device: cpu", "device: auto")
+    text = path.read_text(encoding="utf-8").replace("device: cpu", "device: auto")
     path.write_text(text.replace(f"test: {source}/split.json", "test: [case_0]"))
     chain = Chain.open(load_schedule(path))
     assert numbers(chain)[0] == FIRST_FREE_ID
@@ -225,7 +225,7 @@ def test_chain_json_holds_no_path_of_this_machine_but_the_written_ones(nnunet_fo
     write_tiny_dataset(tmp_path / "source", n_cases=2)
     chain = Chain.open(load_schedule(write_schedule(tmp_path / "schedule.yaml", Path("source"))))
     chain.save()
-    assert str(tmp_path) not in (chain.folder / "chain.json").read_text()
+    assert str(tmp_path) not in (chain.folder / "chain.json").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -347,8 +347,8 @@ def test_write_json_makes_folders_and_leaves_no_partial_file(tmp_path):
     path = tmp_path / "a" / "b" / "content.json"
     content = {"z": [1, None], "a": "ä"}
     write_json(path, content)
-    assert json.loads(path.read_text()) == content
-    assert list(json.loads(path.read_text())) == ["z", "a"]
+    assert json.loads(path.read_text(encoding="utf-8")) == content
+    assert list(json.loads(path.read_text(encoding="utf-8"))) == ["z", "a"]
     assert list(path.parent.iterdir()) == [path]
 
 
@@ -357,7 +357,7 @@ def test_write_json_keeps_the_old_file_if_the_content_cannot_be_written(tmp_path
     write_json(path, 1)
     with pytest.raises(TypeError):
         write_json(path, {"good": 1, "bad": object()})
-    assert path.read_text() == "1\n"
+    assert path.read_text(encoding="utf-8") == "1\n"
 
 
 @pytest.mark.parametrize("point", ["write_text", "replace"])
@@ -373,7 +373,7 @@ def test_write_json_keeps_the_old_file_if_it_is_interrupted(tmp_path, monkeypatc
     monkeypatch.setattr(*((Path, "write_text") if point == "write_text" else (os, "replace")), stop)
     with pytest.raises(KeyboardInterrupt):
         write_json(path, {"half": 2})
-    assert path.read_text() == "1\n"
+    assert path.read_text(encoding="utf-8") == "1\n"
 
 
 def test_variants_and_ablations_change_the_settings_and_have_plans_of_their_own(nnunet_folders, tmp_path, source):

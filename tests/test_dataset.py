@@ -50,7 +50,7 @@ def set_folders(root: Path, patch: pytest.MonkeyPatch) -> None:
 def write_reversed(path: Path, source: Path, **changes) -> Path:
     """A schedule that learns the blob first, so that the numbers of the chain are not those of the source."""
     write_schedule(path, source, **changes)
-    path.write_text(path.read_text().replace("- [ball]\n  - [blob]", "- [blob]\n  - [ball]"))
+    path.write_text(path.read_text(encoding="utf-8").replace("- [ball]\n  - [blob]", "- [blob]\n  - [ball]"))
     return path
 
 
@@ -96,7 +96,7 @@ def own_datasets(tmp_path_factory, prepared):
 
 
 def read_json(path: Path):
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def voxels(path: Path) -> np.ndarray:
@@ -134,7 +134,7 @@ def plans_of(chain: Chain, step: int | str, name: str = "nnUNetPlans"):
 def cut(source: Path, folder: Path, test: str | None = None, **changes) -> Schedule:
     path = write_schedule(folder / "cases.yaml", source, **changes)
     if test is not None:
-        path.write_text(path.read_text().replace(f"test: {source}/split.json", test))
+        path.write_text(path.read_text(encoding="utf-8").replace(f"test: {source}/split.json", test))
     return load_schedule(path)
 
 
@@ -242,7 +242,7 @@ def test_joint_is_refused_for_datasets_of_their_own(own_datasets):
 def test_joint_of_own_datasets_with_maps_has_all_cases_under_names_of_their_own(nnunet_folders, tmp_path):
     write_own_datasets(tmp_path)
     path = tmp_path / "own.yaml"
-    tests, steps = path.read_text().split("steps:")
+    tests, steps = path.read_text(encoding="utf-8").split("steps:")
     path.write_text(f"{tests}steps:{steps.replace('}}', '}, joint: {ball: lump, blob: blob}}')}")
     cases = joint_cases(load_schedule(path))
     assert names_of(cases) == ["case_0", "case_1", "step2_case_0", "step2_case_1"]
@@ -509,7 +509,7 @@ def test_test_set_follows_a_changed_split_file(source, nnunet_folders, tmp_path)
 
 def test_test_subject_that_was_trained_on_is_refused(prepared, folders_of_prepared, source, tmp_path):
     path = write_reversed(tmp_path / "changed.yaml", source)
-    path.write_text(path.read_text().replace(f"test: {source}/split.json", "test: [case_2]"))
+    path.write_text(path.read_text(encoding="utf-8").replace(f"test: {source}/split.json", "test: [case_2]"))
     before = snapshot(prepared)
     chain = Chain.open(load_schedule(path))
     with pytest.raises(ValueError, match=r"_step1: got a dataset that trains on \['case_2'\] and not on \['case_3'\]"):
@@ -749,7 +749,9 @@ def test_problems_of_all_own_datasets_are_named(nnunet_folders, tmp_path):
 
 def test_own_datasets_with_different_channels_are_refused(tmp_path):
     schedule = write_own_datasets(tmp_path).file
-    schedule.write_text(schedule.read_text().replace("  - {dataset: two, subjects: [case_2], classes: [blob]}\n", ""))
+    schedule.write_text(
+        schedule.read_text(encoding="utf-8").replace("  - {dataset: two, subjects: [case_2], classes: [blob]}\n", "")
+    )
     folder = tmp_path / "two"
     for path in list((folder / "imagesTr").iterdir()):
         shutil.copyfile(path, path.with_name(path.name.replace("_0000", "_0001")))
@@ -761,7 +763,9 @@ def test_own_datasets_with_different_channels_are_refused(tmp_path):
 
 def test_step_whose_cases_are_all_for_test_is_refused(nnunet_folders, tmp_path):
     schedule = write_own_datasets(tmp_path)
-    schedule.file.write_text(schedule.file.read_text().replace("dataset: two, subjects: [case_2]", "dataset: two"))
+    schedule.file.write_text(
+        schedule.file.read_text(encoding="utf-8").replace("dataset: two, subjects: [case_2]", "dataset: two")
+    )
     found = refusal(load_schedule(schedule.file), nnunet_folders)
     assert re.search(r"own.yaml: steps\[1\]: got no training case in .*two, .*not a test subject", found)
 
@@ -813,7 +817,7 @@ def test_foreign_dataset_in_the_way_is_not_touched(source, nnunet_folders, tmp_p
         prepare_chain(chain, [chain.variant("pgcd", 0)])
     found = [path for folder in nnunet_folders.values() for path in folder.rglob("*")]
     assert {path: path.stat().st_mtime_ns for path in found} == before
-    assert (theirs / "dataset.json").read_text() == "theirs"
+    assert (theirs / "dataset.json").read_text(encoding="utf-8") == "theirs"
 
 
 def test_dataset_of_another_chain_in_the_way_is_not_touched(source, nnunet_folders, tmp_path):

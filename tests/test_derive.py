@@ -50,12 +50,12 @@ def test_derived_files_equal_nnunets_own(nnunet_folders, tmp_path, monkeypatch, 
     monkeypatch.setattr(nnunet_api, "preprocess_case", lambda *a: (preprocessed.append(a[0]), preprocess(*a)))
     prepare_chain(chain, [chain.variant("pgcd", 0), chain.variant("joint", 0)])
     assert len(preprocessed) == 2, "each image is preprocessed once for three datasets"
-    plans = json.loads((chain.preprocessed(1) / "nnUNetPlans.json").read_text())
+    plans = json.loads((chain.preprocessed(1) / "nnUNetPlans.json").read_text(encoding="utf-8"))
     for step in (1, 2, JOINT):
         ours, raw = chain.preprocessed(step) / f"nnUNetPlans_{configuration}", chain.raw(step)
         theirs = tmp_path / f"theirs_{step}"
         theirs.mkdir()
-        dataset_json = json.loads((raw / "dataset.json").read_text())
+        dataset_json = json.loads((raw / "dataset.json").read_text(encoding="utf-8"))
         for case, (images, label) in nnunet_api.training_cases(raw).items():
             preprocess(images, label, theirs / case, plans, configuration, dataset_json)
             theirs_case = nnunet_api.preprocessed_dataset(theirs).load_case(case)
@@ -84,9 +84,9 @@ def test_fingerprints_equal_nnunets_own(nnunet_folders, tmp_path, monkeypatch):
     chain = Chain.open(load_schedule(write_schedule(tmp_path / "s.yaml", source)))
     prepare_chain(chain, [chain.variant("pgcd", 0)])
     for step in (1, 2):
-        ours = json.loads((chain.preprocessed(step) / "dataset_fingerprint.json").read_text())
+        ours = json.loads((chain.preprocessed(step) / "dataset_fingerprint.json").read_text(encoding="utf-8"))
         extract_fingerprint_dataset(chain.dataset_id(step), num_processes=1, verbose=False)
-        theirs = json.loads((chain.preprocessed(step) / "dataset_fingerprint.json").read_text())
+        theirs = json.loads((chain.preprocessed(step) / "dataset_fingerprint.json").read_text(encoding="utf-8"))
         channels = [f.pop("foreground_intensity_properties_per_channel") for f in (ours, theirs)]
         assert ours == theirs
         if step == 1:

@@ -99,7 +99,7 @@ def test_persist_follows_a_moved_package(trainers, active_venv, monkeypatch):
     persist()
     monkeypatch.setattr(environment, "trainers_dir", lambda: Path("/elsewhere/trainers"))
     persist()
-    text = (active_venv / "bin" / "activate").read_text()
+    text = (active_venv / "bin" / "activate").read_text(encoding="utf-8")
     assert "/elsewhere/trainers" in text
     assert shlex.quote(str(trainers)) not in text
 
@@ -188,7 +188,7 @@ def test_conda_scripts_switch_on_and_off_and_go(trainers, active_conda):
 def test_a_venv_goes_before_conda(trainers, active_conda, active_venv):
     persist()
     assert contents(active_conda) == {}
-    assert str(trainers.name) in (active_venv / "bin" / "activate").read_text()
+    assert str(trainers.name) in (active_venv / "bin" / "activate").read_text(encoding="utf-8")
 
 
 def test_no_active_environment_is_an_error(trainers, capsys):

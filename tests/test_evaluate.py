@@ -321,7 +321,7 @@ def test_each_subject_is_scored_on_what_its_set_labels(predicting):
     assert [found[key] for key in ("step", "fold", "nsd_tolerance_mm")] == [2, "all", 2.0]
     assert found["parameters"] == 2 * 3 + 3 * 4
     stored = evaluation_file(chain, chain.variant("pgcd", 0), 2, "all")
-    assert json.loads(stored.read_text()) == found
+    assert json.loads(stored.read_text(encoding="utf-8")) == found
 
 
 def test_a_model_is_predicted_again_only_if_it_or_the_test_set_changed(predicting):
@@ -333,7 +333,7 @@ def test_a_model_is_predicted_again_only_if_it_or_the_test_set_changed(predictin
     save_checkpoint(chain, n_rows=4)
     evaluate_model(chain, variant, 2, "all", "cpu")
     path = chain.folder / "test" / "test.json"
-    path.write_text(path.read_text() + "\n")
+    path.write_text(path.read_text(encoding="utf-8") + "\n")
     evaluate_model(chain, variant, 2, "all", "cpu")
     outputs = [call[5] for call in calls]
     assert len(set(outputs)) == len(outputs) == 3, "no output folder serves two models or test sets"
@@ -357,5 +357,5 @@ def test_scores_of_an_earlier_version_are_made_anew_from_the_same_predictions(pr
     path = evaluation_file(chain, variant, 2, "all")
     old = {key: new[key] for key in ("checkpoint_sha256", "test_sha256")} | {"dice": {"case_1": {"blob": 0.5}}}
     write_json(path, old)
-    assert evaluate_model(chain, variant, 2, "all", "cpu") == new == json.loads(path.read_text())
+    assert evaluate_model(chain, variant, 2, "all", "cpu") == new == json.loads(path.read_text(encoding="utf-8"))
     assert calls[0][5] == calls[1][5]

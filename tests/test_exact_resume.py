@@ -18,7 +18,7 @@ def chain(tmp_path_factory, module_patch) -> Chain:  # noqa: F811
     chain = make_chain(tmp_path_factory.mktemp("resume"), module_patch, ("pgcd",), training=", checkpoint_minutes: 0")
     for step in (1, 2):
         path = chain.preprocessed(step) / "nnUNetPlans.json"
-        plans = json.loads(path.read_text())
+        plans = json.loads(path.read_text(encoding="utf-8"))
         plans["cil"]["training"]["epochs"] = 3
         write_json(path, plans)
     train(chain, 1)

@@ -182,13 +182,17 @@ def test_a_zip_is_extended_on_another_machine_and_the_result_again(first, tmp_pa
     chain = Chain.open(schedule)
     variant = chain.variant("pgcd", 0)
     folder = chain.model_folder(variant, 2)
-    assert json.loads((folder / "dataset.json").read_text())["labels"] == {"background": 0, "ball": 1, "blob": 2}
-    plans = json.loads((folder / "plans.json").read_text())
+    assert json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["labels"] == {
+        "background": 0,
+        "ball": 1,
+        "blob": 2,
+    }
+    plans = json.loads((folder / "plans.json").read_text(encoding="utf-8"))
     assert plans["cil"]["teacher"] == f"Dataset500_extended_step1/{MODEL}"
     assert plans["cil"]["mirror_axes"] == [0, 1, 2]
     store = PrototypeStore.load(folder / "fold_all" / "prototypes.npz")
     assert store.class_names == ("background", "ball", "blob")
-    scores = json.loads((chain.folder / "scores.json").read_text())
+    scores = json.loads((chain.folder / "scores.json").read_text(encoding="utf-8"))
     assert scores["runs"][0]["dice"][0][0] is not None, "the given model is scored as step 1"
     assert write_report(schedule, [], []).is_file()
     again = export_model(chain, variant, 2, ["all"], tmp_path / "second", None)
@@ -214,13 +218,13 @@ def test_a_model_without_prototypes_or_of_stock_nnunet_is_extended(first, tmp_pa
     stock = shutil.copytree(folder, tmp_path / MODEL)
     (stock / "fold_all" / "prototypes.npz").unlink()
     (stock / "fold_all").rename(stock / "fold_0")
-    plans = json.loads((stock / "plans.json").read_text())
+    plans = json.loads((stock / "plans.json").read_text(encoding="utf-8"))
     plans.pop("cil")
     (stock / "plans.json").write_text(json.dumps(plans))
     schedule = load_schedule(write_extension(tmp_path, stock))
     run(schedule, [], [])
     chain = Chain.open(schedule)
-    log = next(chain.model_folder(chain.variant("pgcd", 0), 2).rglob("training_log_*.txt")).read_text()
+    log = next(chain.model_folder(chain.variant("pgcd", 0), 2).rglob("training_log_*.txt")).read_text(encoding="utf-8")
     assert "taking its confident predictions" in log
 
 

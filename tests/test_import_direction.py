@@ -26,7 +26,7 @@ NO_TORCH = {"labels", "schedule", "metrics", "environment", "report", "cli"}
 def imported(path: Path) -> set[str]:
     """Full dotted names of all that a file imports; ``from a import b`` counts as ``a.b``."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

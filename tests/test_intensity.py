@@ -30,7 +30,7 @@ def source(tmp_path_factory):
 def shares(source, tmp_path, window, scheme="CTNormalization", step=1):
     schedule = load_schedule(write_schedule(tmp_path / "s.yaml", source))
     names = {1: {1: "ball"}, 2: {2: "blob"}}[step]
-    content = json.loads((source / "dataset.json").read_text())
+    content = json.loads((source / "dataset.json").read_text(encoding="utf-8"))
     cases = step_cases(schedule, step)
     return warn_of_clipping(plans(window, scheme), "3d_fullres", content, cases, names, step)
 

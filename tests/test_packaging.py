@@ -38,7 +38,7 @@ def test_trainers_holds_nothing_but_trainers():
 
 @pytest.mark.parametrize("path", TRAINERS, ids=lambda path: path.stem)
 def test_trainer_files_are_short_and_define_their_class(path):
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) < 20
     assert f"class {path.stem}(" in text
 

@@ -30,12 +30,12 @@ def _subjects(folder):
 
 
 def test_is_a_raw_dataset(dataset):
-    description = json.loads((dataset / "dataset.json").read_text())
+    description = json.loads((dataset / "dataset.json").read_text(encoding="utf-8"))
     assert description["channel_names"] == {"0": "MR"}
     assert description["labels"] == LABELS
     assert list(LABELS) == ["background", "liver", "spleen", "right_kidney", "left_kidney"]
     assert description["numTraining"] == len(list((dataset / "imagesTr").iterdir())) == 6
-    split = json.loads((dataset / "split.json").read_text())
+    split = json.loads((dataset / "split.json").read_text(encoding="utf-8"))
     assert len(split["train"]) == 4
     assert len(split["test"]) == 2
     assert sorted(f"{s}.nii.gz" for s in split["train"] + split["test"]) == sorted(

@@ -160,7 +160,7 @@ def test_interrupted_case_is_made_again(tmp_path, dataset):
     assert not cache.has("a", dataset.cases["a"][1])
     (cache.folder / "a_seg.b2nd").write_bytes(b"half")
     assert cache.fill(dataset, ["a"], teacher, **fill) == 1
-    assert json.loads((cache.folder / "key.json").read_text()) == KEY
+    assert json.loads((cache.folder / "key.json").read_text(encoding="utf-8")) == KEY
 
 
 def test_joined_datasets_keep_their_cases_apart(dataset):

@@ -101,8 +101,8 @@ def test_step_1_is_stock_nnunet_with_prototypes(trained):
     assert store.counts.sum() > 0
     assert np.isfinite(store.means).all()
     assert (folder / "progress.png").is_file()
-    assert json.loads((folder / "validation" / "summary.json").read_text())["metric_per_case"] == []
-    cost = json.loads((folder / "cost.json").read_text())
+    assert json.loads((folder / "validation" / "summary.json").read_text(encoding="utf-8"))["metric_per_case"] == []
+    cost = json.loads((folder / "cost.json").read_text(encoding="utf-8"))
     assert cost["seconds_per_iteration"] > 0
     assert cost["peak_memory_bytes"] > 1e8
 
@@ -217,8 +217,12 @@ def test_whole_step_2_and_finetune(trained):
     assert set(checkpoint["cil"]["objective"]) >= {"means", "background.prototype"}
     assert len(checkpoint["logging"]["loss_pgcd_spatial"]) == 1
     assert checkpoint["network_weights"]["decoder.seg_layers.0.weight"].shape[0] == 3
-    assert json.loads((folder.parent / "dataset.json").read_text())["labels"] == {"background": 0, "ball": 1, "blob": 2}
-    log = next(folder.glob("training_log_*.txt")).read_text()
+    assert json.loads((folder.parent / "dataset.json").read_text(encoding="utf-8"))["labels"] == {
+        "background": 0,
+        "ball": 1,
+        "blob": 2,
+    }
+    log = next(folder.glob("training_log_*.txt")).read_text(encoding="utf-8")
     assert "loss_dapd_local" in log
     assert "teacher" in log
     store = PrototypeStore.load(folder / "prototypes.npz")
@@ -254,10 +258,10 @@ def test_teacher_that_does_not_fit_is_refused(trained, damage, message):
         elif damage == "foreign":
             torch.save({"state_dict": {}}, checkpoint)
         elif damage == "classes":
-            content = json.loads((folder.parent / "dataset.json").read_text())
+            content = json.loads((folder.parent / "dataset.json").read_text(encoding="utf-8"))
             write_json(folder.parent / "dataset.json", {**content, "labels": {"background": 0, "lung": 1}})
         else:
-            content = json.loads((folder.parent / "plans.json").read_text())
+            content = json.loads((folder.parent / "plans.json").read_text(encoding="utf-8"))
             content["configurations"]["3d_fullres"]["patch_size"] = [8, 8, 8]
             write_json(folder.parent / "plans.json", content)
         trainer = trainer_of(trained, 2)
@@ -298,7 +302,7 @@ def test_interrupted_preprocessing_is_refused(trained):
 
 def test_edited_labels_and_regions_are_refused(trained):
     path = trained.preprocessed(2) / "dataset.json"
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     try:
         write_json(path, {**content, "labels": {"background": 0, "blob": 1, "ball": 2}})
         with pytest.raises(ValueError, match="in the order learned"):
@@ -345,5 +349,5 @@ def test_other_configurations_train_both_steps(tmp_path, monkeypatch, changes):
         assert len(store.class_names) == step + 1
     logged = torch.load(fold_of(chain, 2) / "checkpoint_final.pth", weights_only=False)["logging"]
     assert np.isfinite([values[0] for key, values in logged.items() if key.startswith("loss_")]).all()
-    summary = json.loads((fold_of(chain, 2) / "validation" / "summary.json").read_text())
+    summary = json.loads((fold_of(chain, 2) / "validation" / "summary.json").read_text(encoding="utf-8"))
     assert len(summary["metric_per_case"]) == (1 if "validation_cases" in changes.get("training", "") else 0)

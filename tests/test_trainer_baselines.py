@@ -47,7 +47,7 @@ def weights_of(chain: Chain, step: int, method: str) -> dict[str, torch.Tensor]:
 
 
 def log_of(chain: Chain, method: str) -> str:
-    return next(fold_of(chain, 2, method).glob("training_log_*.txt")).read_text()
+    return next(fold_of(chain, 2, method).glob("training_log_*.txt")).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -95,7 +95,7 @@ def test_replay_trains_on_kept_cases_without_their_background(chain):
     assert 1 in values, "the labels of step 1"
     assert values <= {-1, 1, 3}, "and what is background there is ignored, as the new organ is in it unlabelled"
     assert 1 in properties["class_locations"]
-    listing = json.loads((fold_of(chain, 2, "replay") / "replay.json").read_text())
+    listing = json.loads((fold_of(chain, 2, "replay") / "replay.json").read_text(encoding="utf-8"))
     assert listing["bytes"] > 0
     assert listing["cases"] == {"step1": [case.removeprefix("step1__") for case in kept]}
 
@@ -106,7 +106,7 @@ def test_mib_trains_on_bare_labels_and_plop_on_its_own_pseudo_labels(chain):
         trainer.on_train_start()
         seg = trainer.dataloader_train.data_loader._data.load_case("case_0")[1][:]
         assert (3 in seg) == (rule is not None), "ignored voxels"
-        key = json.loads((trainer._cache.folder / "key.json").read_text())
+        key = json.loads((trainer._cache.folder / "key.json").read_text(encoding="utf-8"))
         assert ("entropy" in key) == (rule is not None)
         assert ("tau_old" in key) == (rule is None)
 

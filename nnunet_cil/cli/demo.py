@@ -62,9 +62,10 @@ def run(args: argparse.Namespace) -> int:
     for source, n_test, seed in ((old, 6, args.seed), (new, 0, args.seed + 1)):
         if not (source / "dataset.json").is_file():
             write_phantom(source, n_train=6, n_test=n_test, seed=seed)
-    subjects = json.loads((old / "split.json").read_text())["test"]
+    subjects = json.loads((old / "split.json").read_text(encoding="utf-8"))["test"]
     path = folder / "demo.yaml"
-    path.write_text(SCHEDULE.format(subjects=subjects, device=args.device, epochs=args.epochs, seed=args.seed))
+    text = SCHEDULE.format(subjects=subjects, device=args.device, epochs=args.epochs, seed=args.seed)
+    path.write_text(text, encoding="utf-8")
     schedule = load_schedule(path)
     print(driver.run(schedule, args.methods, []))
     page = driver.write_report(schedule, args.methods, [])

@@ -55,9 +55,9 @@ def run(args: argparse.Namespace) -> int:
     if args.test:
         content["test"] = {"dataset": _dataset(args.test)}
     text = yaml.safe_dump(content, sort_keys=False)
-    if path.is_file() and path.read_text() != text:
+    if path.is_file() and path.read_text(encoding="utf-8") != text:
         raise ValueError(f"{path}: it exists with other content and is not touched. Give another --name or --schedule.")
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     schedule = load_schedule(path)
     print(f"The schedule is {path}; `nnunet-cil run {path}` goes on with it.")
     if not args.only_write:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import locale
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,17 @@ def in_order_of_numbers(paths: Sequence[Path]) -> list[Path]:
     return sorted(paths, key=lambda path: ([int(n) for n in re.findall(r"\d+", path.stem)], path.name))
 
 
+@contextmanager
+def own_locale() -> Iterator[None]:
+    """Keep the locale of the process: reading DICOM sets it to "C", and files and output are ASCII from then on."""
+    before = locale.setlocale(locale.LC_ALL)
+    try:
+        yield
+    finally:
+        locale.setlocale(locale.LC_ALL, before)
+
+
+@own_locale()
 def read_series(paths: Sequence[Path]) -> tuple[SimpleITK.Image, list[int]]:
     """Read slices as a volume. The series' identifiers are not used, as anonymised files may have one each.
 

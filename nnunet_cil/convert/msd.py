@@ -62,7 +62,7 @@ def find(source: Path) -> PublicSet:
 
 def _description(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         channels, labels = content["modality"], content["labels"]
         readable = [str(n) for n in range(len(channels))] == sorted(channels) and all(v.isdigit() for v in labels)
         readable = readable and all({"image", "label"} <= set(entry) for entry in content["training"])

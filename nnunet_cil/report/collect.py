@@ -300,7 +300,7 @@ def _train_command(chain: Chain, owner: Variant, step: int | str, fold: int | st
 def _read_json(path: Path, what: str, problems: list[str]) -> dict[str, Any]:
     """Content of a JSON object; empty where there is no file, and told where it cannot be read."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError(f"got {type(content).__name__}, expected an object")
     except FileNotFoundError:

@@ -59,7 +59,7 @@ def test_run_ends_with_a_table_and_files(driven):
     chain = driven.root / "nnUNet_results" / "chain_tiny"
     for part in ("Dice after the last step", "pgcd: Dice (%) by step", "joint", "nnUNetv2_predict -i"):
         assert part in driven.shown
-    scores = json.loads((chain / "scores.json").read_text())
+    scores = json.loads((chain / "scores.json").read_text(encoding="utf-8"))
     assert [run["method"] for run in scores["runs"]] == ["pgcd", "joint"]
     assert scores["runs"][0]["dice"][0][1] is None, "a class that is not yet learned has no score"
     assert scores["runs"][0]["cost"]["step2"]["seconds_per_iteration"] > 0
@@ -95,7 +95,7 @@ def test_lines_typed_by_hand_give_what_the_driver_gives(driven, tmp_path):
             assert hand["logging"][key] == driver["logging"][key]
         for key, weight in hand["network_weights"].items():
             assert torch.equal(weight, driver["network_weights"][key])
-    said = [next(u.fold(2).glob("training_log*.txt")).read_text() for u in (user, driven)]
+    said = [next(u.fold(2).glob("training_log*.txt")).read_text(encoding="utf-8") for u in (user, driven)]
     teachers = [
         next(line for line in text.splitlines() if "teacher Dataset" in line).split("teacher ")[1] for text in said
     ]
@@ -142,7 +142,7 @@ def test_a_broken_teacher_stops_the_chain_with_one_message(driven, tmp_path, dam
     shutil.rmtree(tmp_path / "source")
     for name in (*FOLDERS, "source"):
         shutil.copytree(driven.root / name, tmp_path / name, symlinks=True, dirs_exist_ok=True)
-    user.schedule.write_text(driven.schedule.read_text())
+    user.schedule.write_text(driven.schedule.read_text(encoding="utf-8"))
     checkpoint = user.fold(1) / "checkpoint_final.pth"
     shutil.rmtree(user.fold(2))
     if damage == "missing":

@@ -76,7 +76,7 @@ def test_finetune_forgets_and_pgcd_keeps(tmp_path):
     """The demo as it is; on real data tests/chain/test_hippocampus.py shows the same."""
     folder = tmp_path / "demo"
     run_demo(folder, [])
-    scores = json.loads((folder / "nnUNet_results" / "chain_demo" / "scores.json").read_text())
+    scores = json.loads((folder / "nnUNet_results" / "chain_demo" / "scores.json").read_text(encoding="utf-8"))
     runs = {run["method"]: run for run in scores["runs"]}
     pgcd, finetune = (runs[name]["summary"] for name in ("pgcd", "finetune"))
     before = runs["pgcd"]["dice"][0]

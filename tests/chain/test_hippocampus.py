@@ -27,7 +27,7 @@ SCHEDULE = {
 
 def test_pgcd_keeps_the_anterior_part_that_finetune_loses(tmp_path, nnunet_folders):
     source = real_data("hippocampus")
-    split = json.loads((source / "split.json").read_text())
+    split = json.loads((source / "split.json").read_text(encoding="utf-8"))
     (tmp_path / "split.json").write_text(json.dumps({"train": split["train"][:100], "test": split["test"][:20]}))
     schedule = {**SCHEDULE, "source": str(source), "test": str(tmp_path / "split.json")}
     (tmp_path / "schedule.yaml").write_text(yaml.safe_dump(schedule))
@@ -41,7 +41,7 @@ def test_pgcd_keeps_the_anterior_part_that_finetune_loses(tmp_path, nnunet_folde
     ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
-    scores = json.loads((tmp_path / "nnUNet_results" / "chain_hippocampus" / "scores.json").read_text())
+    scores = json.loads((tmp_path / "nnUNet_results" / "chain_hippocampus" / "scores.json").read_text(encoding="utf-8"))
     pgcd, finetune = (run["dice"] for run in scores["runs"])
     assert scores["n_test_subjects"] == 20
     assert pgcd[0][0] > 0.7

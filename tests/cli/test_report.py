@@ -10,7 +10,7 @@ def test_prints_where_the_report_is(nnunet_folders, tmp_path, capsys):
     assert main(["report", str(tmp_path / "tiny.yaml"), "--methods", "pgcd", "finetune", "--seeds", "0"]) == 0
     path = chain.folder / "report.html"
     assert capsys.readouterr().out == f"{path}\n"
-    assert "finetune" in path.read_text()
+    assert "finetune" in path.read_text(encoding="utf-8")
 
 
 def test_an_unknown_method_is_one_line(nnunet_folders, tmp_path, capsys):

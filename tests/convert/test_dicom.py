@@ -1,3 +1,5 @@
+import locale
+
 import numpy as np
 import pytest
 import SimpleITK
@@ -104,3 +106,9 @@ def test_order_of_numbers(tmp_path):
         "i9,0000b.dcm",
         "i0010,0000b.dcm",
     ]
+
+
+def test_reading_keeps_the_locale(folder):
+    before = locale.setlocale(locale.LC_ALL, "")
+    read_series(list(folder.iterdir()))
+    assert locale.setlocale(locale.LC_ALL) == before

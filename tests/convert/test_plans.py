@@ -22,7 +22,7 @@ MSD_LABELS = {
 
 def commands(plan):
     """Arguments of the conversions that a plan names in its comment."""
-    text = re.sub(r"\\\n#\s+", "", plan.read_text())
+    text = re.sub(r"\\\n#\s+", "", plan.read_text(encoding="utf-8"))
     return [shlex.split(line) for line in re.findall(r"^#\s+nnunet-cil (convert .+)$", text, re.MULTILINE)]
 
 
@@ -72,6 +72,6 @@ def test_plan_fits_the_dataset_that_it_asks_for(tmp_path, nnunet_folders, plan, 
     ],
 )
 def test_names_say_how_many_classes_a_step_learns(name, sizes):
-    text = next(plan for plan in PLANS if plan.stem == name).read_text()
+    text = next(plan for plan in PLANS if plan.stem == name).read_text(encoding="utf-8")
     steps = re.findall(r"^  - \[(.+)\]$", text, re.MULTILINE)
     assert [len(step.split(",")) for step in steps] == sizes

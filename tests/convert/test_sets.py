@@ -98,7 +98,7 @@ def test_voxels_keep_their_place_in_the_world_and_their_label(tmp_path, nnunet_f
 def test_dataset_is_described(tmp_path, nnunet_folders, name, options):
     found = find(name, MAKERS[name](tmp_path), options)
     converted = write_dataset(found, 300)
-    content = json.loads((converted.folder / "dataset.json").read_text())
+    content = json.loads((converted.folder / "dataset.json").read_text(encoding="utf-8"))
     assert content["labels"]["background"] == 0
     assert sorted(content["labels"].values()) == list(range(len(content["labels"])))
     assert content["numTraining"] == len(list((converted.folder / "labelsTr").iterdir())) == len(found.cases)
@@ -108,7 +108,7 @@ def test_dataset_is_described(tmp_path, nnunet_folders, name, options):
     )
     assert content["licence"]
     assert content["reference"]
-    split = json.loads((converted.folder / "split.json").read_text())
+    split = json.loads((converted.folder / "split.json").read_text(encoding="utf-8"))
     assert sorted(split["train"] + split["test"]) == sorted(case.name for case in found.cases)
     assert split["train"]
     assert split["test"]
@@ -180,7 +180,7 @@ def test_btcv_problems_come_all_at_once(tmp_path):
 def test_word_holds_out_its_own_parts(tmp_path, nnunet_folders):
     found = word.find(make_word(tmp_path))
     folder = write_dataset(found, 310).folder
-    split = json.loads((folder / "split.json").read_text())
+    split = json.loads((folder / "split.json").read_text(encoding="utf-8"))
     assert split["train"] == ["word_0002", "word_0003", "word_0005"]
     assert split["test"] == ["word_0001", "word_0009", "word_0014"]
     assert split["parts"]["imagesVal"] == ["word_0001", "word_0009"]
@@ -319,12 +319,12 @@ def test_msd_channels_of_one_file_are_taken_apart(tmp_path, nnunet_folders):
         np.testing.assert_allclose(point, place("msd", marks(2)[2]), atol=2e-4)
         path = folder / "imagesTr" / f"prostate_001_{channel:04d}.nii.gz"
         assert as_bright(path, point) == BRIGHT + 2 + 10 * channel
-    assert json.loads((folder / "dataset.json").read_text())["channel_names"] == modality
+    assert json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["channel_names"] == modality
 
 
 def test_msd_with_another_number_of_channels(tmp_path, nnunet_folders):
     source = make_msd(tmp_path, "Task05_Prostate", modality={"0": "T2", "1": "ADC"})
-    content = json.loads((source / "dataset.json").read_text())
+    content = json.loads((source / "dataset.json").read_text(encoding="utf-8"))
     content["modality"] = {"0": "T2", "1": "ADC", "2": "DWI"}
     (source / "dataset.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"prostate_001: got 2 channels .*expected 3"):

@@ -33,7 +33,7 @@ steps: {steps}
 def open_chain(folder: Path, steps: Sequence[Sequence[str]] = STEPS, name: str = "tiny") -> Chain:
     """A planned chain with these classes by step; nnU-Net's variables must be set."""
     source = write_tiny_dataset(folder / "source", n_cases=2)
-    dataset = json.loads((source / "dataset.json").read_text())
+    dataset = json.loads((source / "dataset.json").read_text(encoding="utf-8"))
     names = [name for classes in steps for name in classes]
     dataset["labels"] = {"background": 0, **{name: value for value, name in enumerate(names, 1)}}
     (source / "dataset.json").write_text(json.dumps(dataset))

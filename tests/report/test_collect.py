@@ -58,7 +58,7 @@ def test_scores_at_another_tolerance_are_to_be_made_again(chain):
     variant = chain.variant("pgcd", 0)
     folder = write_scores(chain, variant, 1, {"a": {"ball": 0.9}})
     path = folder.parent / "scores.json"
-    path.write_text(path.read_text().replace('"nsd_tolerance_mm": 2.0', '"nsd_tolerance_mm": 1.0'))
+    path.write_text(path.read_text(encoding="utf-8").replace('"nsd_tolerance_mm": 2.0', '"nsd_tolerance_mm": 1.0'))
     assert collect(chain, [variant]).models[0].scores is None
 
 

@@ -29,7 +29,7 @@ class Page(HTMLParser):
         self.tags: list[tuple[str, dict[str, str]]] = []
         self.open: list[str] = []
         self.text = ""
-        self.html = path.read_text()
+        self.html = path.read_text(encoding="utf-8")
         self.feed(self.html)
         assert self.open == []
 
@@ -125,7 +125,7 @@ def test_odd_names_are_text(nnunet_folders, tmp_path):
 
 
 def test_nothing_private_is_told(whole):
-    text = re.sub(r"base64,[^\"]*", "", whole.read_text())
+    text = re.sub(r"base64,[^\"]*", "", whole.read_text(encoding="utf-8"))
     for private in ("secret", str(whole.parents[2]), "/home/", "/tmp/", "hostname"):
         assert private not in text
     assert "9.9.9" in text
@@ -221,7 +221,7 @@ def test_a_failed_write_keeps_the_old_page(chain, monkeypatch):
     monkeypatch.setattr(write.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         write_report(chain, [chain.variant("pgcd", 0)])
-    assert path.read_text() == "old"
+    assert path.read_text(encoding="utf-8") == "old"
 
 
 @pytest.mark.skipif(browser.chromium() is None, reason="no Chromium on this machine")
