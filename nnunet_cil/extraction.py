@@ -46,6 +46,7 @@ def tiles(shape: Sequence[int], patch_size: Sequence[int]) -> Iterator[tuple[tup
 def accumulate_prototypes(
     network: nn.Module,
     feature_path: str,
+    n_features: int,
     cases: Iterable[tuple[np.ndarray, np.ndarray]],
     patch_size: Sequence[int],
     n_classes: int,
@@ -59,6 +60,7 @@ def accumulate_prototypes(
     Args:
         network: in eval mode; not a compiled or wrapped module, so that its hooks fire.
         feature_path: module whose output is pooled, e.g. ``decoder.stages.2``.
+        n_features: channels of that output, D.
         cases: (image (C, *spatial), labels (1, *spatial)); labels below 0 are background, those from ``n_classes`` on
             are left out.
         patch_size: of the configuration, two entries for a 2d network.
@@ -67,13 +69,14 @@ def accumulate_prototypes(
             is summed too.
 
     Returns:
-        The accumulator (not yet reduced over ranks), and the sums (n_classes, D) and counts (n_classes,) of
-        ``features(network) - features(earlier)`` in float64; zeros without ``earlier``.
+        The accumulator, and the sums (n_classes, D) and counts (n_classes,) of ``features(network) -
+        features(earlier)`` in float64 on the CPU. Not yet reduced over ranks; zeros without cases or ``earlier``.
     """
     is_2d = len(patch_size) == 2
     patch = (1, *patch_size) if is_2d else tuple(patch_size)
-    accumulator: PrototypeAccumulator | None = None
-    shift = shift_counts = torch.zeros(0)
+    accumulator = PrototypeAccumulator(n_classes, n_features)
+    shift = torch.zeros(n_classes, n_features, dtype=torch.float64)
+    shift_counts = torch.zeros(n_classes, dtype=torch.float64)
     taps = [FeatureTap(net, feature_path) for net in (network, earlier) if net is not None]
     try:
         for image, labels in cases:
@@ -90,23 +93,15 @@ def accumulate_prototypes(
                 y = torch.from_numpy(chosen)[None].to(device)
                 x, y = (x[:, :, 0], y[:, 0]) if is_2d else (x, y)
                 features = _features(network, taps[0], x)
-                if accumulator is None:
-                    accumulator = PrototypeAccumulator(n_classes, features.shape[1])
-                    shift = torch.zeros(n_classes, features.shape[1], dtype=torch.float64, device=device)
-                    shift_counts = torch.zeros(n_classes, dtype=torch.float64, device=device)
                 accumulator.add(features, y)
                 if earlier is not None:
-                    sums, counts = masked_sums(features - _features(earlier, taps[1], x), y, n_classes)
-                    shift += sums.double()
-                    shift_counts += counts.double()
+                    counts, sums = masked_sums(y, n_classes, features - _features(earlier, taps[1], x))
+                    shift += sums.cpu().double()
+                    shift_counts += counts.cpu().double()
     finally:
         for tap in taps:
             tap.remove()
-    if accumulator is None:
-        raise ValueError(
-            "prototypes: got no labelled voxel in any case, expected at least background. Check the step's labels."
-        )
-    return accumulator, shift.cpu(), shift_counts.cpu()
+    return accumulator, shift, shift_counts
 
 
 def random_patch(image: np.ndarray, patch_size: Sequence[int], random: np.random.Generator) -> torch.Tensor:

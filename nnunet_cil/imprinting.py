@@ -34,7 +34,7 @@ class ClassStatistics:
 
     def add(self, features: torch.Tensor, labels: torch.Tensor) -> None:
         """Take features (B, D, *S) with labels (B, *S); those outside [0, n) are left out."""
-        sums, counts = masked_sums(features, labels, len(self.counts))
+        counts, sums = masked_sums(labels, len(self.counts), features)
         self.sums += sums.cpu().double()
         self.counts += counts.cpu().double()
         by_voxel = features.flatten(2).mT
@@ -50,21 +50,21 @@ class ClassStatistics:
     def discriminant(self, c: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight (D,) and bias () of the log-odds of new class ``c`` (from 1) against background.
 
-        Fisher's linear discriminant: both classes Gaussian with the mean of their two covariances, shrunk towards a
-        multiple of the identity, and with the frequencies as they were counted.
+        Fisher's linear discriminant: classes are Gaussian, with the frequencies as they were counted and one covariance
+        for all, pooled over background and new classes and shrunk towards a multiple of the identity.
 
         Raises:
             ValueError: one of the two has no voxel.
         """
         if min(self.counts[0], self.counts[c]) == 0:
             raise ValueError(f"imprinting: got {self.counts.tolist()} voxels by class, expected some of 0 and {c}.")
-        means = self.sums[[0, c]] / self.counts[[0, c], None]
-        covariances = self.squares[[0, c]] / self.counts[[0, c], None, None] - means[:, :, None] * means[:, None, :]
-        within = covariances.mean(0)
+        means = self.sums / self.counts.clamp_min(1)[:, None]
+        scatter = self.squares - self.counts[:, None, None] * means[:, :, None] * means[:, None, :]
+        within = scatter.sum(0) / self.counts.sum()
         scale = within.diagonal().mean().clamp_min(1e-12)
         within = (1 - SHRINKAGE) * within + SHRINKAGE * scale * torch.eye(len(within), dtype=within.dtype)
-        weight = torch.linalg.solve(within, means[1] - means[0])
-        bias = torch.log(self.counts[c] / self.counts[0]) - weight @ means.mean(0)
+        weight = torch.linalg.solve(within, means[c] - means[0])
+        bias = torch.log(self.counts[c] / self.counts[0]) - weight @ (means[c] + means[0]) / 2
         return weight, bias
 
 
@@ -79,6 +79,8 @@ def class_statistics(
 ) -> dict[int, ClassStatistics]:
     """Statistics at every decoder stage, by its number, over all voxels that are labelled background or new.
 
+    Not yet reduced over ranks; zeros without cases.
+
     Args:
         network: the teacher's, in eval mode.
         cases: (image (C, *spatial), y^ (1, *spatial)).
@@ -86,7 +88,8 @@ def class_statistics(
     """
     is_2d = len(patch_size) == 2
     patch = (1, *patch_size) if is_2d else tuple(patch_size)
-    found: dict[int, ClassStatistics] = {}
+    heads = enumerate(network.decoder.seg_layers)
+    found = {stage: ClassStatistics(n_classes - n_old + 1, head.in_channels) for stage, head in heads}
     taps = [FeatureTap(network, path) for path in decoder_stages(network)]
     try:
         for image, labels in cases:
@@ -106,8 +109,6 @@ def class_statistics(
                     features = tap.features.float()
                     tap.clear()
                     small = interpolate(y[None].float(), size=features.shape[2:], mode="nearest-exact")[0].long()
-                    if stage not in found:
-                        found[stage] = ClassStatistics(n_classes - n_old + 1, features.shape[1])
                     found[stage].add(features, small)
     finally:
         for tap in taps:

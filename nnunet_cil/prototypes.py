@@ -28,64 +28,60 @@ class _MaskedSums(torch.autograd.Function):
     """Sums by class as matrix products of one-hot labels and features, piece by piece; the gradient is a look-up."""
 
     @staticmethod
-    def forward(ctx: Any, features: torch.Tensor, labels: torch.Tensor, n_classes: int) -> tuple[torch.Tensor, ...]:
-        flat, label = features.detach().flatten(2), labels.flatten(1).to(torch.int16)  # 4 times faster to compare
-        dtype = at_least_float32(flat[..., :1]).dtype
-        sums = torch.zeros(n_classes, flat.shape[1], dtype=dtype, device=flat.device)
-        counts = torch.zeros(n_classes, dtype=dtype, device=flat.device)
+    def forward(ctx: Any, labels: torch.Tensor, n_classes: int, *features: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        flat, label = [f.detach().flatten(2) for f in features], labels.flatten(1).to(torch.int16)  # compared faster
+        dtype = at_least_float32(flat[0][..., :1]).dtype
+        counts = torch.zeros(n_classes, dtype=dtype, device=labels.device)
+        sums = [counts.new_zeros(n_classes, f.shape[1]) for f in flat]
         classes = torch.arange(n_classes, dtype=label.dtype, device=labels.device)[:, None]
-        for b, where in chunks(flat, max(n_classes, flat.shape[1])):
+        for b, where in chunks(flat[0], max(n_classes, flat[0].shape[1])):
             mask = (label[b, where] == classes).to(dtype)
-            sums += mask @ at_least_float32(flat[b, :, where]).mT
             counts += mask.sum(1)
+            for total, f in zip(sums, flat, strict=True):
+                total += mask @ at_least_float32(f[b, :, where]).mT
         ctx.save_for_backward(labels)
-        ctx.layout = (features.stride(1) == 1, features.dtype, n_classes)
-        ctx.mark_non_differentiable(counts)
-        return sums, counts
+        ctx.layouts = [(f.stride(1) == 1, f.dtype) for f in features]
+        fixed = [s for s, wanted in zip(sums, ctx.needs_input_grad[2:], strict=True) if not wanted]
+        ctx.mark_non_differentiable(counts, *fixed)
+        return counts, *sums
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_sums: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, _: torch.Tensor, *grad_sums: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (labels,) = ctx.saved_tensors
-        channels_last, dtype, n_classes = ctx.layout
-        outside = (labels < 0) | (labels >= n_classes)
-        rows = torch.cat([grad_sums, torch.zeros_like(grad_sums[:1])]).to(dtype)
-        index = torch.where(outside, n_classes, labels)
-        gradient = rows[index].movedim(-1, 1) if channels_last else rows.mT[:, index].movedim(0, 1)
-        return gradient, None, None
+        n_classes = grad_sums[0].shape[0]
+        index = torch.where((labels < 0) | (labels >= n_classes), n_classes, labels)
+        gradients = []
+        for (channels_last, dtype), grad, wanted in zip(ctx.layouts, grad_sums, ctx.needs_input_grad[2:], strict=True):
+            rows = torch.cat([grad, torch.zeros_like(grad[:1])]).to(dtype)
+            if not wanted:
+                gradients.append(None)
+            elif channels_last:
+                gradients.append(rows.index_select(0, index.flatten()).unflatten(0, index.shape).movedim(-1, 1))
+            else:
+                gradients.append(rows.mT[:, index].movedim(0, 1))
+        return None, None, *gradients
 
 
-def masked_sums(features: torch.Tensor, labels: torch.Tensor, n_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of the features of each class, and its number of voxels. Under autocast too, never in half precision.
-
-    Args:
-        features: (B, D, *S); differentiable.
-        labels: (B, *S) integers; values outside [0, n_classes) are left out.
-
-    Returns:
-        Sums (K, D) and counts (K,), float32 or that of float64 features; zeros for a class without voxels.
-    """
-    with torch.autocast(features.device.type, enabled=False):
-        return _MaskedSums.apply(features, labels, n_classes)
-
-
-def masked_average(
-    features: torch.Tensor, labels: torch.Tensor, n_classes: int, min_voxels: int = 1
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Masked average pooling: the mean feature of each class.
+def masked_sums(labels: torch.Tensor, n_classes: int, *features: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Number of voxels of each class, and the sums of their features. Under autocast too, never in half precision.
 
     Args:
-        features: (B, D, *S); differentiable.
         labels: (B, *S) integers; values outside [0, n_classes) are left out.
         n_classes: K.
-        min_voxels: a class with fewer of them in the batch is absent.
+        features: (B, D_i, *S) each; differentiable.
 
     Returns:
-        Prototypes (K, D), zero for an absent class, and which classes are present (K,).
+        Counts (K,), and for each of the features sums (K, D_i), float32 or that of float64 features; zeros for a class
+        without voxels.
     """
-    sums, counts = masked_sums(features, labels, n_classes)
-    present = counts >= max(1, min_voxels)
-    return torch.where(present[:, None], sums / counts.clamp_min(1)[:, None], 0.0), present
+    with torch.autocast(labels.device.type, enabled=False):
+        return _MaskedSums.apply(labels, n_classes, *features)
+
+
+def class_means(sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Masked average pooling from ``masked_sums``: mean feature (K, D) of each class, zero for one without voxels."""
+    return sums / counts.clamp_min(1)[:, None]
 
 
 def _reduce(tensor: torch.Tensor) -> torch.Tensor:
@@ -116,15 +112,14 @@ class RunningBackground(nn.Module):
         self.register_buffer("prototype", prototype.detach().clone())
 
     @torch.no_grad()
-    def update(self, features: torch.Tensor, labels: torch.Tensor, background: int = 0) -> None:
+    def update(self, total: torch.Tensor, count: torch.Tensor) -> None:
         """Take in a batch; sums and counts go over all ranks, a batch without background changes nothing. No gradient.
 
         Args:
-            features: (B, D, *S).
-            labels: (B, *S) integers.
+            total: (D,) sum of the features over the batch's background.
+            count: () its voxels.
         """
-        sums, counts = masked_sums(features, (labels != background).long(), 1)
-        both = _reduce(torch.cat([sums[0], counts]).to(self.prototype.dtype))
+        both = _reduce(torch.cat([total, count[None]]).to(self.prototype.dtype))
         moved = self.momentum * self.prototype + (1 - self.momentum) * both[:-1] / both[-1].clamp_min(1)
         self.prototype.copy_(torch.where(both[-1] > 0, moved, self.prototype))
 
@@ -255,8 +250,7 @@ class PrototypeAccumulator:
         if features.device.type == "mps":  # has no float64
             features, labels = features.cpu(), labels.cpu()
         features = features.detach().double()
-        sums, counts = masked_sums(features, labels, n_classes)
-        squares, _ = masked_sums(features.square().sum(1, keepdim=True), labels, n_classes)
+        counts, sums, squares = masked_sums(labels, n_classes, features, features.square().sum(1, keepdim=True))
         self.sums += sums.cpu()
         self.squares += squares[:, 0].cpu()
         self.counts += counts.cpu()

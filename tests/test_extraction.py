@@ -47,7 +47,7 @@ def test_prototypes_equal_a_naive_mean(dim, patch):
         labels = rng.integers(-1, 4, (1, *shape))
         cases.append((rng.normal(size=(1, *shape)).astype(np.float32), labels))
     network = Pointwise(dim).eval()
-    accumulator, shift, counts = accumulate_prototypes(network, "body", cases, patch, 3, torch.device("cpu"))
+    accumulator, shift, counts = accumulate_prototypes(network, "body", 3, cases, patch, 3, torch.device("cpu"))
     store = accumulator.finish(("background", "a", "b"), 1, "", "body", None)
     values = np.concatenate([image.ravel() for image, _ in cases]).astype(np.float64)
     flat = np.concatenate([labels.ravel() for _, labels in cases])
@@ -65,7 +65,7 @@ def test_shift_is_the_mean_difference_to_the_earlier_network():
     image = rng.normal(size=(1, 4, 4, 4)).astype(np.float32)
     labels = rng.integers(0, 2, (1, 4, 4, 4))
     _, shift, counts = accumulate_prototypes(
-        Pointwise(3, 3.0), "body", [(image, labels)], (4, 4, 4), 2, torch.device("cpu"), earlier=Pointwise(3, 1.0)
+        Pointwise(3, 3.0), "body", 3, [(image, labels)], (4, 4, 4), 2, torch.device("cpu"), earlier=Pointwise(3, 1.0)
     )
     for label in range(2):
         chosen = image[labels == label].astype(np.float64)
@@ -74,9 +74,12 @@ def test_shift_is_the_mean_difference_to_the_earlier_network():
         )
 
 
-def test_no_voxel_at_all_is_an_error():
+def test_no_voxel_at_all_is_an_error_of_the_whole_and_not_of_one_rank():
     image = np.zeros((1, 4, 4, 4), np.float32)
-    with pytest.raises(ValueError, match="no labelled voxel"):
-        accumulate_prototypes(
-            Pointwise(3), "body", [(image, np.full((1, 4, 4, 4), 9))], (4, 4, 4), 2, torch.device("cpu")
+    for cases in ([], [(image, np.full((1, 4, 4, 4), 9))]):
+        accumulator, shift, _ = accumulate_prototypes(
+            Pointwise(3), "body", 3, cases, (4, 4, 4), 2, torch.device("cpu"), earlier=Pointwise(3)
         )
+        assert shift.shape == (2, 3)
+        with pytest.raises(ValueError, match="no voxel of any class"):
+            accumulator.finish(("background", "a"), 1, "", "body", None)

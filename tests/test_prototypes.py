@@ -13,7 +13,7 @@ from nnunet_cil.prototypes import (
     PrototypeStore,
     RunningBackground,
     choose_temperature,
-    masked_average,
+    class_means,
     masked_sums,
     transported_mean,
 )
@@ -45,7 +45,7 @@ def naive_sums(features, labels, n_classes=K):
 @pytest.mark.parametrize("size", [1, 3])
 def test_sums_equal_a_loop_over_voxels(spatial, size):
     features, labels = batch(spatial, size)
-    sums, counts = masked_sums(features, labels, K)
+    counts, sums = masked_sums(labels, K, features)
     expected_sums, expected_counts = naive_sums(features, labels)
     torch.testing.assert_close(sums.double(), expected_sums, rtol=1e-5, atol=1e-5)
     assert torch.equal(counts.double(), expected_counts)
@@ -53,42 +53,65 @@ def test_sums_equal_a_loop_over_voxels(spatial, size):
 
 def test_sums_keep_float64_and_lift_half_precision_also_under_autocast():
     features, labels = batch(dtype=torch.float64)
-    assert masked_sums(features, labels, K)[0].dtype == torch.float64
+    assert masked_sums(labels, K, features)[1].dtype == torch.float64
     half = features.to(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
-        found, counts = masked_sums(half, labels, K)
+        counts, found = masked_sums(labels, K, half)
     assert found.dtype == counts.dtype == torch.float32
-    assert torch.equal(found, masked_sums(half.float(), labels, K)[0])
+    assert torch.equal(found, masked_sums(labels, K, half.float())[1])
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_sums_of_two_maps_are_those_of_each_with_gradients_where_wanted(channels_last):
+    student, labels = batch((3, 4, 5), dtype=torch.float64)
+    teacher = torch.cat([batch((3, 4, 5), seed=1, dtype=torch.float64)[0]] * 2, 1)
+    if channels_last:
+        student = student.contiguous(memory_format=torch.channels_last_3d)
+    counts, own, others = masked_sums(labels, K, student.requires_grad_(), teacher)
+    for found, features in ((own, student), (others, teacher)):
+        expected_counts, expected = masked_sums(labels, K, features)
+        assert torch.equal(counts, expected_counts)
+        assert torch.equal(found, expected)
+    own[2].sum().backward()
+    assert torch.equal(student.grad, (labels == 2).double()[:, None].expand_as(student))
+    assert not others.requires_grad or teacher.grad is None
 
 
 def test_gradient_of_the_sums():
     features, labels = batch((3,), 2, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda f: masked_sums(f, labels, K)[0], features.requires_grad_())
+    assert torch.autograd.gradcheck(lambda f: masked_sums(labels, K, f)[1], features.requires_grad_())
 
 
-def test_average_by_hand_with_an_absent_and_a_small_class():
+def test_average_by_hand_with_an_absent_class():
     features = torch.tensor([[[1.0, 3.0, 5.0, 9.0]], [[2.0, 4.0, 6.0, 8.0]]])
     labels = torch.tensor([[0, 0, 1, 7], [0, 2, 2, -1]])
-    prototypes, present = masked_average(features, labels, 4, min_voxels=2)
-    assert present.tolist() == [True, False, True, False]
-    torch.testing.assert_close(prototypes, torch.tensor([[2.0], [0.0], [5.0], [0.0]]))
+    counts, sums = masked_sums(labels, 4, features)
+    assert counts.tolist() == [3, 1, 2, 0]
+    torch.testing.assert_close(class_means(sums, counts), torch.tensor([[2.0], [5.0], [5.0], [0.0]]))
 
 
 def test_average_of_nothing_has_a_graph_and_no_nan():
     features, labels = batch()
     features.requires_grad_()
-    prototypes, present = masked_average(features, torch.full_like(labels, K), K)
+    counts, sums = masked_sums(torch.full_like(labels, K), K, features)
+    prototypes = class_means(sums, counts)
     prototypes.sum().backward()
-    assert not present.any()
+    assert not counts.any()
     assert torch.equal(prototypes, torch.zeros(K, D))
     assert (features.grad == 0).all()
+
+
+def background_of(features, labels, background=0):
+    counts, sums = masked_sums(labels, K, features)
+    return sums[background], counts[background]
 
 
 def test_running_background_follows_the_mean_by_the_momentum():
     features, labels = batch()
     running = RunningBackground(torch.ones(D), momentum=0.9)
-    running.update(features.requires_grad_(), labels)
-    mean = masked_average(features.detach(), labels, 1)[0][0]
+    total, count = background_of(features.requires_grad_(), labels)
+    running.update(total, count)
+    mean = (total / count).detach()
     torch.testing.assert_close(running.prototype, 0.9 * torch.ones(D) + 0.1 * mean)
     assert not running.prototype.requires_grad
 
@@ -98,20 +121,21 @@ def test_running_background_of_another_label_in_half_precision():
     half = features.to(torch.float16)
     running = RunningBackground(torch.zeros(D), momentum=0.0)
     with torch.autocast("cpu", torch.bfloat16):
-        running.update(half, labels, background=2)
-    torch.testing.assert_close(running.prototype, masked_average(half.float(), labels, K)[0][2])
+        running.update(*background_of(half, labels, 2))
+    total, count = background_of(half.float(), labels, 2)
+    torch.testing.assert_close(running.prototype, total / count)
 
 
 def test_a_batch_without_background_changes_nothing():
     features, labels = batch()
     running = RunningBackground(torch.full((D,), 0.3), momentum=0.9)
-    running.update(features, labels.clamp_min(1))
+    running.update(*background_of(features, labels.clamp_min(1)))
     assert torch.equal(running.prototype, torch.full((D,), 0.3))
 
 
 def test_running_background_is_part_of_the_checkpoint():
     running = RunningBackground(torch.zeros(D), momentum=0.5)
-    running.update(*batch())
+    running.update(*background_of(*batch()))
     restored = RunningBackground(torch.zeros(D), momentum=0.5)
     restored.load_state_dict(running.state_dict())
     assert torch.equal(restored.prototype, running.prototype)
@@ -311,7 +335,7 @@ def two_ranks(rank: int, folder: str) -> None:
     features, labels = batch((4, 5), 2, seed=rank)
     labels = labels.clamp_min(1) if rank == 1 else labels
     running = RunningBackground(torch.ones(D), momentum=0.9)
-    running.update(features, labels)
+    running.update(*background_of(features, labels))
     accumulator = accumulated([(features, labels)], samples_per_class=6)
     accumulator.reduce()
     finished(accumulator).save(Path(folder) / f"rank_{rank}.npz")
@@ -334,7 +358,7 @@ def test_sums_counts_and_samples_go_over_two_ranks(tmp_path):
     np.testing.assert_allclose(first.spread, together.spread, rtol=1e-6)
 
     expected = RunningBackground(torch.ones(D), momentum=0.9)
-    expected.update(torch.cat([f for f, _ in parts]), torch.cat([y for _, y in parts]))
+    expected.update(*background_of(torch.cat([f for f, _ in parts]), torch.cat([y for _, y in parts])))
     for rank in range(2):
         prototype, sizes = torch.load(tmp_path / f"rank_{rank}.pt")
         torch.testing.assert_close(prototype, expected.prototype)

@@ -6,8 +6,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cosine_similarity
 
-from nnunet_cil.losses.distillation import at_least_float32
-from nnunet_cil.prototypes import masked_average
+from nnunet_cil.prototypes import class_means
 
 
 def _alignment(local: torch.Tensor, target: torch.Tensor, chosen: torch.Tensor, centre: torch.Tensor) -> torch.Tensor:
@@ -52,43 +51,41 @@ def dapd_local(
 
 
 class DAPDLoss(nn.Module):
-    """Both parts of DAPD from features and labels.
+    """Both parts of DAPD from the sums of a batch's features by class.
 
     Args:
-        n_old: background and old classes.
-        n_min: classes with fewer voxels in the batch are left out.
+        n_min: classes with fewer voxels in the batch are left out; at least 1.
     """
 
-    def __init__(self, n_old: int, n_min: int = 10) -> None:
+    def __init__(self, n_min: int = 10) -> None:
         super().__init__()
-        self.n_old, self.n_min = n_old, n_min
+        self.n_min = n_min
 
     def forward(
         self,
-        student_features: torch.Tensor,
-        teacher_features: torch.Tensor,
-        labels: torch.Tensor,
+        counts: torch.Tensor,
+        student_sums: torch.Tensor,
+        teacher_sums: torch.Tensor,
         prototypes: torch.Tensor,
         usable: torch.Tensor,
         centre: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
-        """The terms of a batch; computed in float32 whatever the inputs and autocast.
+        """The terms of a batch, in the precision of the sums whatever autocast says.
 
         Args:
-            student_features: (B, D, *S).
-            teacher_features: (B, D, *S).
-            labels: (B, *S) y^; values outside [0, n_old) are left out.
+            counts: (n_old,) voxels by y^; counts and sums are those of ``prototypes.masked_sums``.
+            student_sums: (n_old, D) of the student's features.
+            teacher_sums: (n_old, D) of the teacher's.
             prototypes: (n_old, D) global; usable: (n_old,) which of them exist.
             centre: (D,).
 
         Returns:
             ``{"dapd_global", "dapd_local"}``.
         """
-        with torch.autocast(student_features.device.type, enabled=False):
-            f_s, f_t = at_least_float32(student_features), at_least_float32(teacher_features).detach()
-            centre, prototypes = centre.to(f_s.dtype), prototypes.to(f_s.dtype)
-            student, present = masked_average(f_s, labels, self.n_old, self.n_min)
-            teacher, _ = masked_average(f_t, labels, self.n_old, self.n_min)
+        with torch.autocast(counts.device.type, enabled=False):
+            centre, prototypes = centre.to(student_sums.dtype), prototypes.to(student_sums.dtype)
+            student, teacher = class_means(student_sums, counts), class_means(teacher_sums, counts)
+            present = counts >= self.n_min
             return {
                 "dapd_global": dapd_global(student, present, prototypes, usable, centre),
                 "dapd_local": dapd_local(student, teacher, present, centre),

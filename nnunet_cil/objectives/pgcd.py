@@ -11,7 +11,7 @@ import torch
 from nnunet_cil.losses.dapd import DAPDLoss
 from nnunet_cil.losses.pgcd import PGCDLoss
 from nnunet_cil.objectives.base import Objective
-from nnunet_cil.prototypes import PrototypeStore, RunningBackground
+from nnunet_cil.prototypes import PrototypeStore, RunningBackground, masked_sums
 
 
 def class_balance(counts: torch.Tensor, largest: float) -> torch.Tensor:
@@ -68,7 +68,7 @@ class PGCD(Objective):
             spatial=settings["pgcd_spatial"],
             calibrated=settings["calibration"] == "prototypes",
         )
-        self.dapd = DAPDLoss(n_old, n_min=settings["n_min"])
+        self.dapd = DAPDLoss(settings["n_min"])
         scale = math.sqrt(n_old / (n_classes - n_old)) if settings["scale_by_classes"] else 1.0
         self.lambda_pgcd = scale * settings["lambda_pgcd"]
         self.lambda_dapd = scale * settings["lambda_dapd"]
@@ -79,8 +79,9 @@ class PGCD(Objective):
             self.pgcd.set_balance(weights.to(self.means.device))
 
     def forward(self, student, teacher, labels):
-        features = (student.features[0], teacher.features[0])
-        self.background.update(features[self.settings["background_features"] == "teacher"], labels)
+        features = (student.features[0], teacher.features[0].detach())
+        counts, *sums = masked_sums(labels, self.n_old, *features)
+        self.background.update(sums[self.settings["background_features"] == "teacher"][0], counts[0])
         prototypes = torch.cat([self.background.prototype[None], self.means[1:]])
         terms = {}
         if self.lambda_pgcd:
@@ -96,6 +97,6 @@ class PGCD(Objective):
             )
             terms |= {name: self.lambda_pgcd * value for name, value in calibrated.items()}
         if self.lambda_dapd:
-            aligned = self.dapd(*features, labels, prototypes, self.usable, self.centre)
+            aligned = self.dapd(counts, *sums, prototypes, self.usable, self.centre)
             terms |= {name: self.lambda_dapd * value for name, value in aligned.items() if self.settings[name]}
         return terms

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nnunet_cil.losses.dapd import DAPDLoss, dapd_global, dapd_local
+from nnunet_cil.prototypes import masked_sums
 
 N_OLD, D = 3, 4
 
@@ -24,7 +25,8 @@ class Batch:
         self.centre = torch.randn(D, generator=g, dtype=dtype)
 
     def loss(self, n_min=1):
-        return DAPDLoss(N_OLD, n_min)(**vars(self))
+        pooled = masked_sums(self.labels, N_OLD, self.student_features, self.teacher_features.detach())
+        return DAPDLoss(n_min)(*pooled, self.prototypes, self.usable, self.centre)
 
 
 def naive_mean(features, labels, c):
@@ -113,6 +115,9 @@ def test_the_gradient_of_each_term_reaches_the_student_alone():
             tensor.requires_grad_(tensor.is_floating_point())
         batch.loss()[name].backward()
         assert [n for n, t in vars(batch).items() if t.grad is not None] == ["student_features"]
+        counts, student, teacher = masked_sums(batch.labels, N_OLD, batch.student_features, batch.teacher_features)
+        DAPDLoss(1)(counts, student, teacher, batch.prototypes, batch.usable, batch.centre)[name].backward()
+        assert batch.teacher_features.grad.abs().sum() == 0
         touched = batch.student_features.grad.abs().sum(1) > 0
         assert torch.equal(touched, batch.labels < N_OLD)
 
