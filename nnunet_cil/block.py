@@ -31,6 +31,7 @@ class StepBlock:
         mirror_axes: axes that augmentation and prediction may mirror; None keeps nnU-Net's choice, () means none.
         teacher: model folder of step - 1, relative to nnUNet_results; None at step 1.
         teacher_checkpoint: file name of the teacher's checkpoint in its ``fold_X``.
+        network_of: trainer that builds the network, where a given model has another than nnU-Net's own of its plans.
     """
 
     chain: str
@@ -42,6 +43,7 @@ class StepBlock:
     mirror_axes: tuple[int, ...] | None = None
     teacher: str | None = None
     teacher_checkpoint: str = "checkpoint_final.pth"
+    network_of: str | None = None
 
     @property
     def old_classes(self) -> tuple[str, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
@@ -16,8 +15,9 @@ from filelock import FileLock, Timeout
 
 from nnunet_cil import nnunet_api
 from nnunet_cil.environment import trainers_dir
-from nnunet_cil.schedule import ABLATIONS, METHOD_DEFAULTS, Schedule, Training
-from nnunet_cil.step_files import read_step_file
+from nnunet_cil.lineage import CHAIN_FILE, CHANGEABLE_KEYS, sealed
+from nnunet_cil.schedule import ABLATIONS, METHOD_DEFAULTS, Schedule, Training, kept_source
+from nnunet_cil.step_files import read_step_file, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -27,12 +27,10 @@ _TRAINER_PREFIX = "nnUNetTrainer"
 REPLAY_TRAINER = "nnUNetTrainerReplay"
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(json.dumps(content, indent=1, sort_keys=False) + "\n")
-    os.replace(partial, path)
+def is_finished(fold_folder: Path) -> bool:
+    """Whether a training has ended, with everything that comes after its last epoch."""
+    names = ("checkpoint_final.pth", "prototypes.npz", "validation/summary.json")
+    return all((fold_folder / name).is_file() for name in names)
 
 
 def method_of(trainer: str) -> str:
@@ -101,7 +99,7 @@ class Chain:
             ValueError: a chain of this name has another schedule, or the given numbers are taken by other datasets.
         """
         folder = nnunet_api.nnunet_paths()["nnUNet_results"] / f"chain_{schedule.name}"
-        path = folder / "chain.json"
+        path = folder / CHAIN_FILE
         known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
         abandoned: list[Path] = []
         if known is not None:
@@ -141,7 +139,7 @@ class Chain:
 
     def save(self) -> None:
         """Write ``chain.json``."""
-        write_json(self.folder / "chain.json", self.content)
+        write_json(self.folder / CHAIN_FILE, sealed(self.content))
 
     def _differing_keys(self) -> list[str]:
         """``key: before, now`` for what may not change while a chain runs: all but what is no part of a training
@@ -149,7 +147,10 @@ class Chain:
         before, now = dict(self.content["schedule"]), json.loads(json.dumps(self.schedule.to_dict()))
         for key, defaults in (("method", METHOD_DEFAULTS), ("training", asdict(Training()))):
             before[key] = {**defaults, **before[key]}  # a chain of an earlier version, which had fewer settings
-        keys = sorted((set(before) | set(now)) - {"device", "test", "variants", "nsd_tolerance_mm"})
+        for step, then, given in zip(self.schedule.own_steps, before["steps"], now["steps"], strict=False):
+            if self.source_is_gone(step) and "unlabelled" in then:
+                given["unlabelled"] = then["unlabelled"]
+        keys = sorted((set(before) | set(now)) - CHANGEABLE_KEYS)
         return [f"{k}: chain {before.get(k)}, schedule {now.get(k)}" for k in keys if before.get(k) != now.get(k)]
 
     def _refuse_other_schedule(self, differing: Sequence[str]) -> None:
@@ -175,10 +176,19 @@ class Chain:
             shutil.rmtree(folder)
         self._abandoned = []
 
+    def source_is_gone(self, step: int) -> bool:
+        """Whether a step's own dataset was removed, so that the chain has the names of its labels only."""
+        return self.schedule.steps[step - 1].dataset == kept_source(self.folder, step)
+
     @property
     def n_steps(self) -> int:
         """Number of steps, T."""
         return len(self.schedule.steps)
+
+    @property
+    def forgotten(self) -> tuple[int | str, ...]:
+        """Steps, ``"joint"`` too, whose data were removed by ``audit.forget``."""
+        return tuple(self.content.get("forgotten", ()))
 
     @property
     def default_method(self) -> str:
@@ -238,10 +248,7 @@ class Chain:
         folder = self.model_folder(variant, step) / f"fold_{fold}"
         if step == 1 and self.schedule.model is not None:
             return (folder / "checkpoint_final.pth").is_file()
-        return (
-            all((folder / name).is_file() for name in ("checkpoint_final.pth", "prototypes.npz"))
-            and (folder / "validation" / "summary.json").is_file()
-        )
+        return is_finished(folder)
 
     def _made(self, folder: Path) -> bool:
         step = read_step_file(folder)

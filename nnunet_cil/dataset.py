@@ -25,16 +25,17 @@ from nnunet_cil import nnunet_api
 from nnunet_cil.block import BLOCK_KEY, StepBlock
 from nnunet_cil.chain import JOINT, Chain, Variant, write_json
 from nnunet_cil.intensity import set_intensity, warn_of_clipping
-from nnunet_cil.labels import apply_remap, cumulative_labels, remap_table
+from nnunet_cil.labels import apply_remap, cumulative_labels, remap_table, without_classes
 from nnunet_cil.parallel import over_cases
 from nnunet_cil.plan_override import apply_override
-from nnunet_cil.schedule import Schedule
+from nnunet_cil.schedule import Schedule, kept_source
 from nnunet_cil.step_files import STEP_FILE, count_whole_cases, read_step_file
-from nnunet_cil.teacher import mirror_axes_of
+from nnunet_cil.teacher import inherited_from
 
 logger = logging.getLogger(__name__)
 
 SPACING_TOLERANCE = 1e-3
+SHOWN_CASES = 5  # in a warning
 INTENSITY_SAMPLES = 10**8  # in all of step 1, as nnU-Net takes them
 INTENSITY_SAMPLES_LATER = 10**4  # in each case of a later step: nothing is planned from these
 
@@ -45,7 +46,7 @@ class Case:
 
     Args:
         table: own label value -> the step's (or the final) label value.
-        labelled: target values that the source labels at all; others are unknown in this case, not absent.
+        labelled: target values that are labelled in this case; others are unknown in it, not absent.
     """
 
     name: str
@@ -82,13 +83,10 @@ def first_source(schedule: Schedule) -> Path:
 def step_cases(schedule: Schedule, step: int) -> list[Case]:
     """Training cases of a step, sorted by name; test subjects are never among them."""
     folder = step_source(schedule, step)
-    dataset_json = dataset_json_of(folder)
-    own = dataset_json["labels"]
-    target = final_labels(schedule, step, own)
+    own = dataset_json_of(folder)["labels"]
     new = schedule.steps[step - 1]
-    class_map = new.class_map if new.class_map is not None else {name: name for name in new.classes}
-    table = remap_table(own, class_map, target)
-    labelled = tuple(target[name] for name in new.classes)
+    table = _step_table(schedule, step)
+    unlabelled = schedule.unlabelled if new.dataset is None else new.unlabelled
     held_out = _held_out(schedule)
     listed = nnunet_api.training_cases(folder)
     names = [
@@ -100,7 +98,29 @@ def step_cases(schedule: Schedule, step: int) -> list[Case]:
         names = [name for name in names if name in set(schedule.train_subjects)]
     if new.dataset is None and schedule.images == "disjoint":
         names = disjoint_parts(names, len(schedule.steps), schedule.training.seed or 0)[step - 1]
-    return [Case(name, tuple(listed[name][0]), listed[name][1], table, labelled) for name in names]
+    return [_case(name, *listed[name], table, own, unlabelled.get(name, ())) for name in names]
+
+
+def _step_table(schedule: Schedule, step: int) -> dict[int, int]:
+    """Where a step's own label values go, in cases that lack none of them."""
+    own = dataset_json_of(step_source(schedule, step))["labels"]
+    new = schedule.steps[step - 1]
+    class_map = new.class_map if new.class_map is not None else {name: name for name in new.classes}
+    return remap_table(own, class_map, final_labels(schedule, step, own))
+
+
+def _case(
+    name: str,
+    images: Sequence[Path],
+    label: Path,
+    table: Mapping[int, int],
+    own: Mapping[str, int],
+    unlabelled: Sequence[str],
+) -> Case:
+    """A case that lacks some of its dataset's own labels, by their names."""
+    table = without_classes(table, [int(own[lacking]) for lacking in unlabelled])
+    not_classes = {0, *(table[int(own[key])] for key in ("ignore",) if key in own)}
+    return Case(name, tuple(images), label, table, tuple(sorted(set(table.values()) - not_classes)))
 
 
 def joint_cases(schedule: Schedule) -> list[Case]:
@@ -164,7 +184,6 @@ def test_cases(schedule: Schedule) -> dict[str, tuple[int, Case]]:
         if not wanted:
             raise ValueError(f"{test.images}: got no test image, expected files such as CASE_0000{ending}.")
         table = remap_table(test.values, test.class_map, target)
-        labelled = tuple(sorted({target[name] for name in test.class_map.values() if name is not None}))
         for case in wanted:
             files, label = listed[case]
             if not label.is_file():
@@ -175,7 +194,7 @@ def test_cases(schedule: Schedule) -> dict[str, tuple[int, Case]]:
                     f"{reference['channel_names']}."
                 )
             name = case if case not in found else f"set{number}_{case}"
-            found[name] = (number, Case(name, tuple(files), label, table, labelled))
+            found[name] = (number, _case(name, files, label, table, test.values, test.unlabelled.get(case, ())))
     return found
 
 
@@ -299,7 +318,7 @@ def check_sources(schedule: Schedule, cases: Mapping[int | str, Sequence[Case]])
     problems = [scan.problem for scan in scans.values() if scan.problem]
     first = dataset_json_of(first_source(schedule))
     problems += _differences_to_model(schedule, first)
-    for step in schedule.own_steps:
+    for step in [step for step in schedule.own_steps if step in cases]:
         folder = step_source(schedule, step)
         for key in ("channel_names", "file_ending"):
             if (got := dataset_json_of(folder)[key]) != first[key]:
@@ -312,20 +331,77 @@ def check_sources(schedule: Schedule, cases: Mapping[int | str, Sequence[Case]])
                 f"{where}: got no training case in {folder}, expected at least one that is not a test subject."
             )
         elif not any(scan.problem for scan in found):
-            totals: Counter[int] = Counter()
-            for case, scan in zip(cases[step], found, strict=True):
-                for value, number in scan.counts.items():
-                    totals[case.table[value]] += number
+            totals = sum((_voxels(case, scans) for case in cases[step]), Counter())
             labels = final_labels(schedule, step, {})
             problems += [
                 f"{where}: got no voxel of {name!r} in the labels of its {len(found)} cases, expected at least one. "
                 "Check the class map, or move the class to a step that has it."
-                for name in schedule.steps[step - 1].classes
+                for name in _labelled_classes(schedule, step)
                 if not totals[labels[name]]
             ]
     if problems:
         raise ValueError("the data do not fit the schedule; nothing was written:\n  " + "\n  ".join(problems))
     return scans
+
+
+def _labelled_classes(schedule: Schedule, step: int) -> tuple[str, ...]:
+    """Classes that a step's data label: the new ones, and old ones where its class map leads to some."""
+    return schedule.steps[step - 1].classes + schedule.steps[step - 1].old_classes
+
+
+def _voxels(case: Case, scans: Mapping[Path, Scan]) -> Counter[int]:
+    """Voxels of a case by the label value that they get."""
+    counts: Counter[int] = Counter()
+    for own, number in scans[case.label].counts.items():
+        counts[case.table[own]] += number
+    return counts
+
+
+def tell_of_labels(schedule: Schedule, cases: Mapping[int | str, Sequence[Case]], scans: Mapping[Path, Scan]) -> None:
+    """Say which old classes are labelled again, and warn where labels may be missing or are there but declared missing.
+
+    A class that at least half of a step's cases have may have been left unlabelled in the others. Nothing is said of
+    data for which something is declared: their user knows how.
+    """
+    for step in [step for step in schedule.own_steps if step in cases]:
+        where, new = f"{schedule.file}: steps[{step - 1}]", schedule.steps[step - 1]
+        if new.old_classes:
+            logger.info("%s: labels of classes learned before are used: %s", where, ", ".join(new.old_classes))
+        labels, table = final_labels(schedule, step, {}), _step_table(schedule, step)
+        voxels = {case.name: _voxels(case, scans) for case in cases[step]}
+        declared = bool(schedule.unlabelled if new.dataset is None else new.unlabelled)
+        for name in _labelled_classes(schedule, step):
+            value = labels[name]
+            without = [case for case, found in voxels.items() if not found[value]]
+            if 0 < len(without) <= len(voxels) / 2 and not declared:
+                logger.warning(
+                    "%s: %d of %d cases have no voxel of %r: %s. Where the organ is in the image and only its label is "
+                    "missing, it is learned as background: declare these cases by `unlabelled`, see docs/schedule.md.",
+                    where,
+                    len(without),
+                    len(voxels),
+                    name,
+                    _shown(without),
+                )
+            unused = [
+                case.name
+                for case in cases[step]
+                if value not in case.labelled
+                and any(scans[case.label].counts.get(own) for own, usual in table.items() if usual == value)
+            ]
+            if unused:
+                logger.warning(
+                    "%s: unlabelled: %d cases have voxels of %r, which they are declared not to label: %s. These are "
+                    "not used.",
+                    where,
+                    len(unused),
+                    name,
+                    _shown(unused),
+                )
+
+
+def _shown(cases: Sequence[str]) -> str:
+    return ", ".join(cases[:SHOWN_CASES]) + " ..." * (len(cases) > SHOWN_CASES)
 
 
 def _scan_all(schedule: Schedule, cases: Mapping[int | str, Sequence[Case]]) -> dict[Path, Scan]:
@@ -367,8 +443,9 @@ def _install_model(chain: Chain) -> None:
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         model.install(target, chain.schedule.folds)
+    if "network_of" not in chain.content:
+        chain.content |= inherited_from(target, chain.schedule.folds[0])
     chain.content["plans_name"] = model.plans["plans_name"]
-    chain.content["mirror_axes"] = list(mirror_axes_of(target, chain.schedule.folds[0]) or ())
     chain.save()
 
 
@@ -438,8 +515,8 @@ def write_test_set(chain: Chain) -> None:
         (partial / name).mkdir(parents=True)
     own = dataset_json_of(first_source(schedule))
     ending = own["file_ending"]
-    listing: dict[str, Any] = {}
-    for name, (number, case) in test_cases(schedule).items():
+    cases = test_cases(schedule)
+    for name, (_, case) in cases.items():
         reader = nnunet_api.reader_writer(own, case.images[0])
         for channel, image in enumerate(case.images):
             link(image, partial / "images" / f"{name}_{channel:04d}{ending}")
@@ -449,13 +526,17 @@ def write_test_set(chain: Chain) -> None:
         except ValueError as error:
             raise ValueError(f"{case.label}: {error}") from error
         reader.write_seg(relabelled, str(partial / "labels" / f"{name}{ending}"), properties)
-        listing[name] = {"labelled": list(case.labelled), "set": number}
     ignore = final_labels(schedule, chain.n_steps, {"ignore": None})["ignore"]
-    content = {"test": schedule.to_dict()["test"], "ignore": ignore, "file_ending": ending, "cases": listing}
+    test = {"test": schedule.to_dict()["test"], "ignore": ignore, "file_ending": ending}
+    content = {**test, "cases": _listing(cases)}
     write_json(partial / "test.json", content)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
-    logger.info("test set: %d subjects", len(listing))
+    logger.info("test set: %d subjects", len(cases))
+
+
+def _listing(cases: Mapping[str, tuple[int, Case]]) -> dict[str, Any]:
+    return {name: {"labelled": list(case.labelled), "set": number} for name, (number, case) in cases.items()}
 
 
 def test_set_is_written(chain: Chain) -> bool:
@@ -465,7 +546,7 @@ def test_set_is_written(chain: Chain) -> bool:
         return not chain.schedule.test
     written = json.loads(path.read_text(encoding="utf-8"))
     wanted = json.loads(json.dumps(chain.schedule.to_dict()["test"]))
-    return written["test"] == wanted and list(written["cases"]) == list(test_cases(chain.schedule))
+    return written["test"] == wanted and written["cases"] == _listing(test_cases(chain.schedule))
 
 
 def prepare_chain(chain: Chain, variants: Sequence[Variant]) -> None:
@@ -477,36 +558,89 @@ def prepare_chain(chain: Chain, variants: Sequence[Variant]) -> None:
     """
     schedule = chain.schedule
     chain.discard_abandoned()
-    with_joint = any(variant.method == JOINT for variant in variants)
-    steps: list[int | str] = [*schedule.own_steps, *([JOINT] if with_joint else [])]
+    with_joint = any(variant.method == JOINT for variant in variants) and _joint_has_data(chain)
+    wanted: list[int | str] = [*schedule.own_steps, *([JOINT] if with_joint else [])]
+    steps = [step for step in wanted if step not in chain.forgotten]
     for step in steps:
         for folder in (chain.raw(step), chain.preprocessed(step)):
             chain.check_not_foreign(folder)
-    cases: dict[int | str, list[Case]] = {step: step_cases(schedule, step) for step in schedule.own_steps}
-    if with_joint:
-        cases[JOINT] = joint_cases(schedule)
+    _check_sources_are_there(chain, steps)
+    _check_test_of_forgotten(chain)
+    cases = {step: joint_cases(schedule) if step == JOINT else step_cases(schedule, int(step)) for step in steps}
     for step in steps:
         _check_same_cases(chain, step, cases[step])
-    if not all(_is_prepared(chain, step) for step in steps):
+    if not all(is_prepared(chain, step) for step in steps):
+        if schedule.source is not None:
+            logger.info("%s is cut up: all its labels are read, as only a simulation can", schedule.source.name)
+        if JOINT in steps:
+            logger.info("joint keeps the scans and labels of all steps, which is not privacy-safe")
         scans = check_sources(schedule, cases)
+        tell_of_labels(schedule, cases, scans)
         chain.save()
         _install_model(chain)
         write_test_set(chain)
         for step in steps:
             number = chain.n_steps if step == JOINT else int(step)
             source = first_source(schedule) if step == JOINT else step_source(schedule, number)
-            labels = final_labels(schedule, number, dataset_json_of(source)["labels"])
+            sources = [step_source(schedule, t) for t in (schedule.own_steps if step == JOINT else [number])]
+            own = {name: None for folder in sources for name in dataset_json_of(folder)["labels"]}
+            labels = final_labels(schedule, number, own)
             write_raw(chain, step, cases[step], labels, source)
-            if not _is_prepared(chain, step):
+            if not is_prepared(chain, step):
                 _plan(chain, step, cases[step], scans)
                 if step == schedule.own_steps[0]:
                     _warn_of_clipping(chain, cases)
                 _preprocess(chain, step, cases[step], scans)
     _install_model(chain)
     write_test_set(chain)
+    for step in schedule.own_steps:
+        keep_source(chain, step)
     for variant in variants:
         write_variant_plans(chain, variant)
     chain.save()
+
+
+def keep_source(chain: Chain, step: int) -> None:
+    """Keep the labels' names of a step's own dataset, without which no schedule loads, so that the dataset may go."""
+    source = chain.schedule.steps[step - 1].dataset
+    if source is None or chain.source_is_gone(step):
+        return
+    own = dataset_json_of(source)
+    names = ("channel_names", "labels", "file_ending", "overwrite_image_reader_writer")
+    kept = kept_source(chain.folder, step)
+    write_json(kept / "dataset.json", {**{key: own[key] for key in names if key in own}, "dataset": {}})
+
+
+def _joint_has_data(chain: Chain) -> bool:
+    return chain.schedule.source is not None or not chain.forgotten
+
+
+def _check_sources_are_there(chain: Chain, steps: Sequence[int | str]) -> None:
+    for step in steps:
+        if step != JOINT and chain.source_is_gone(int(step)):
+            raise ValueError(
+                f"{chain.schedule.file}: step {step}: got a dataset that is gone, expected its images and labels. If "
+                "that is on purpose, remove what the chain has of them, too: "
+                f"`nnunet-cil audit {chain.schedule.file} --forget {step}`."
+            )
+
+
+def _check_test_of_forgotten(chain: Chain) -> None:
+    """Refuse to score on what a removed step was trained on: by name, as its files cannot be compared any more."""
+    schedule = chain.schedule
+    for step in [step for step in chain.forgotten if step != JOINT]:
+        path = chain.preprocessed(step) / "splits_final.json"
+        images = step_source(schedule, int(step)) / "imagesTr"
+        if not path.is_file() or all(test.images != images for test in schedule.test):
+            continue
+        folds = json.loads(path.read_text(encoding="utf-8"))
+        trained = {name for fold in folds for part in fold.values() for name in part}
+        ending = dataset_json_of(images.parent)["file_ending"]
+        tested = [case for number, case in test_cases(schedule).values() if schedule.test[number].images == images]
+        if again := sorted({case.label.name.removesuffix(ending) for case in tested} & trained):
+            raise ValueError(
+                f"{schedule.file}: test: got {again}, which step {step} was trained on, expected other subjects."
+            )
 
 
 def _check_same_cases(chain: Chain, step: int | str, cases: Sequence[Case]) -> None:
@@ -523,7 +657,8 @@ def _check_same_cases(chain: Chain, step: int | str, cases: Sequence[Case]) -> N
         )
 
 
-def _is_prepared(chain: Chain, step: int | str) -> bool:
+def is_prepared(chain: Chain, step: int | str) -> bool:
+    """Whether a step's raw and preprocessed data are there and whole."""
     marker = read_step_file(chain.preprocessed(step)) if chain.raw(step).is_dir() else None
     return (
         marker is not None
@@ -548,7 +683,7 @@ def _plan(chain: Chain, step: int | str, cases: Sequence[Case], scans: Mapping[P
     folder = chain.preprocessed(step)
     folder.mkdir(parents=True, exist_ok=True)
     marker = {"chain": chain.schedule.name, "step": step, "n_cases": len(cases), "complete": [], "configurations": []}
-    write_json(folder / STEP_FILE, marker)
+    write_json(folder / STEP_FILE, {**marker, **_labelled_by_case(chain.schedule, step, cases)})
     shutil.copyfile(chain.raw(step) / "dataset.json", folder / "dataset.json")
     found = [scans[case.label] for case in cases]
     nnunet_api.write_fingerprint(
@@ -560,6 +695,16 @@ def _plan(chain: Chain, step: int | str, cases: Sequence[Case], scans: Mapping[P
     else:
         plans = {**base_plans(chain), "dataset_name": chain.dataset_name(step)}
         write_json(folder / f"{chain.content['plans_name']}.json", plans)
+
+
+def _labelled_by_case(schedule: Schedule, step: int | str, cases: Sequence[Case]) -> dict[str, Any]:
+    """Entry of the step file: values that are labelled, by case; none if these are the new classes' everywhere."""
+    new = schedule.classes if step == JOINT else schedule.steps[int(step) - 1].classes
+    labels = cumulative_labels([s.classes for s in schedule.steps], len(schedule.steps))
+    usual = tuple(labels[name] for name in new)
+    if all(case.labelled == usual for case in cases):
+        return {}
+    return {"labelled": {case.name: list(case.labelled) for case in cases}}
 
 
 def _plan_first_step(chain: Chain) -> None:
@@ -585,7 +730,7 @@ def _plan_first_step(chain: Chain) -> None:
 
 
 def _warn_of_clipping(chain: Chain, cases: Mapping[int | str, Sequence[Case]]) -> None:
-    for step in chain.schedule.own_steps:
+    for step in [step for step in chain.schedule.own_steps if step in cases]:
         labels = cumulative_labels([s.classes for s in chain.schedule.steps], step)
         names = {labels[name]: name for name in chain.schedule.steps[step - 1].classes}
         own = dataset_json_of(step_source(chain.schedule, step))
@@ -628,7 +773,7 @@ def _donors(chain: Chain, step: int | str, identifier: str) -> dict[str, Path]:
     if chain.schedule.source is None:
         return {}
     earlier = [other for other in chain.schedule.own_steps if step == JOINT or other < int(step)]
-    finished = [other for other in earlier if _is_prepared(chain, other)]
+    finished = [other for other in earlier if is_prepared(chain, other)]
     return {
         path.name.removesuffix(".pkl"): path.parent
         for other in finished
@@ -688,4 +833,5 @@ def block_of(chain: Chain, variant: Variant, step: int | str) -> StepBlock:
         training=training,
         mirror_axes=schedule.mirror_axes if schedule.model is None else tuple(chain.content["mirror_axes"]),
         teacher=teacher,
+        network_of=chain.content.get("network_of"),
     )

@@ -15,7 +15,7 @@ from time import monotonic
 import torch
 
 from nnunet_cil import nnunet_api
-from nnunet_cil.chain import JOINT, Chain, Variant, method_of, write_json
+from nnunet_cil.chain import JOINT, REPLAY_TRAINER, Chain, Variant, method_of, write_json
 from nnunet_cil.dataset import block_of, prepare_chain, write_test_set
 from nnunet_cil.environment import trainer_path_variable
 from nnunet_cil.evaluate import collect_scores, evaluate_model, learned_at, subject_scores, write_matrices
@@ -60,7 +60,7 @@ def prepare(schedule: Schedule, methods: Sequence[str], seeds: Sequence[int | No
         variants = _prepared_variants(chain, methods, seeds)
     lines = {}
     for variant, step, fold in _trainings(chain, variants):
-        if step != JOINT and step not in schedule.own_steps:
+        if step in chain.forgotten or (step != JOINT and step not in schedule.own_steps):
             continue
         lines[shlex.join(["nnUNetv2_train", *_arguments(chain, variant, step, fold)])] = None
     return list(lines)
@@ -157,7 +157,7 @@ def status(schedule: Schedule, methods: Sequence[str], seeds: Sequence[int | Non
         epochs = re.findall(r"^.*?Epoch (\d+) *$", logs[-1].read_text(encoding="utf-8"), re.MULTILINE) if logs else []
         state = "waiting"
         if chain.trained(variant, step, fold):
-            state = "done"
+            state = "done, data removed" if step in chain.forgotten else "done"
         elif epochs:
             state = f"epoch {int(epochs[-1]) + 1} of {block_of(chain, variant, step).training.epochs}"
         lines.append(f"  {_title(chain, variant, step, fold):60s} {state}")
@@ -188,12 +188,35 @@ def _prepared_variants(chain: Chain, methods: Sequence[str], seeds: Sequence[int
     """The variants that are asked for, after what can be refused is refused and their data and plans are made."""
     amp_dtype(chain.schedule.training.amp, device_of(chain.schedule))
     variants = variants_of(chain, methods, seeds)
+    _check_not_forgotten(chain, variants)
     needed = _with_first_steps(chain, variants)
     with _nnunet_output(chain):
         for variant in needed:
             nnunet_api.check_trainer(variant.trainer)
         prepare_chain(chain, needed)
     return variants
+
+
+def _check_not_forgotten(chain: Chain, variants: Sequence[Variant]) -> None:
+    """Refuse trainings whose data were removed, before anything starts."""
+    lost = []
+    for variant, step, fold in _trainings(chain, variants):
+        gone = [other for other in chain.forgotten if other == step or _reads_earlier(chain, variant, step, other)]
+        if gone and not chain.trained(variant, step, fold):
+            lost.append(f"{_title(chain, variant, step, fold)}: needs the data of {', '.join(map(str, gone))}")
+    if lost:
+        lines = "\n  ".join(lost)
+        raise ValueError(
+            f"{chain.folder}: got trainings whose data were removed with `nnunet-cil audit --forget`, expected others:"
+            f"\n  {lines}\nLeave these methods or seeds out, or start a chain of another name."
+        )
+
+
+def _reads_earlier(chain: Chain, variant: Variant, step: int | str, other: int | str) -> bool:
+    """Whether a training reads data of another step: joint of all that have their own, replay of the earlier ones."""
+    if step == JOINT:
+        return chain.schedule.source is None
+    return variant.trainer == REPLAY_TRAINER and other != JOINT and int(other) < int(step)
 
 
 def _augmentation_workers(schedule: Schedule) -> str | None:

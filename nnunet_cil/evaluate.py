@@ -33,12 +33,14 @@ TYPICAL_COMPRESSION = 50  # of a label file
 SCORES = ("dice", "nsd", "hd95_mm")
 HIGHER_IS_BETTER = ("dice", "nsd")
 REPLAY_FILE = "replay.json"
+UNLABELLED = "unlabelled"
 UNITS = {
     "dice, nsd": "mean over test subjects, 0..1",
     "hd95_mm": "mm, mean over the test subjects in which reference and prediction both have the class",
     "summary_hd95_mm": "means over the classes that have a distance; compare them only where as much is absent",
     "matrices": "a row a step, a column a class; null: not learned, labelled or evaluated, or absent in all subjects",
-    "absent": "test subjects without HD95: both_empty (no score at all), missed and invented (Dice and NSD are 0)",
+    "absent": "test subjects without HD95: both_empty (no score at all), missed and invented (Dice and NSD are 0), and "
+    "unlabelled (their labels do not hold the class: no score, and not among n_subjects)",
     "gap_to_joint, plasticity_gap": "joint minus this method, same seed and fold, over the classes that both have",
     "bytes_kept": "what a step can read of earlier steps' data, whether its method does or not; null: joint has it all",
     "never_trained_on": "true: no step draws from this set's dataset; null: the set is two folders of unknown origin",
@@ -69,7 +71,7 @@ def evaluate_model(chain: Chain, variant: Variant, step: int | str, fold: int | 
         ``{"checkpoint_sha256", "test_sha256", "nsd_tolerance_mm", "method", "seed", "step", "fold", "parameters",
         "scores": {case: {class: {"dice": 0..1, "hd95_mm": 0 or more, "nsd": 0..1}}}, "absent": {case: {class: why}}}``.
         A score that does not exist is null and named in ``absent``, see ``surface_scores.absence``. A class that the
-        test set does not label is left out.
+        subject's labels do not hold is left out.
 
     Raises:
         ValueError: the model is truncated.
@@ -226,10 +228,11 @@ def _matrix(
 
 
 def _counts(chain: Chain, evaluations: Mapping[int, Mapping[str, Any]]) -> dict[str, list[list[int | None]]]:
-    """Matrices (T, K): test subjects that label a class, and those of them without HD95, by kind; None as in UNITS."""
+    """Matrices (T, K): test subjects that label a class, those of them without HD95, by kind, and those that do not
+    label it; None as in UNITS."""
     n_classes = len(chain.schedule.classes)
     counts: dict[str, list[list[int | None]]] = {
-        kind: [[None] * n_classes for _ in range(chain.n_steps)] for kind in ("subjects", *ABSENCES)
+        kind: [[None] * n_classes for _ in range(chain.n_steps)] for kind in ("subjects", *ABSENCES, UNLABELLED)
     }
     for row, content in evaluations.items():
         for column, name in _learned(chain, row):
@@ -237,6 +240,7 @@ def _counts(chain: Chain, evaluations: Mapping[int, Mapping[str, Any]]) -> dict[
             for kind in ABSENCES:
                 counts[kind][row][column] = why.count(kind)
             counts["subjects"][row][column] = len(why)
+            counts[UNLABELLED][row][column] = len(content["scores"]) - len(why)
     return counts
 
 
@@ -314,7 +318,7 @@ def _entry(chain: Chain, run: _Run, gaps: Mapping[str, Mapping[str, float]]) -> 
         "seed": run.variant.seed,
         "fold": run.fold,
         **run.matrices,
-        "absent": {kind: run.counts[kind] for kind in ABSENCES},
+        "absent": {kind: run.counts[kind] for kind in (*ABSENCES, UNLABELLED)},
         "n_subjects": run.counts["subjects"],
         "summary": {**summary(run.matrices["dice"], at), **gaps["dice"]},
         "summary_nsd": {**summary(run.matrices["nsd"], at), **gaps["nsd"]},

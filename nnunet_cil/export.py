@@ -6,17 +6,21 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 
+from nnunet_cil.block import BLOCK_KEY
 from nnunet_cil.chain import JOINT, Chain, Variant, write_json
 from nnunet_cil.dataset import dataset_json_of
 from nnunet_cil.evaluate import evaluation_file, score_matrix
 from nnunet_cil.given_model import GivenModel
+from nnunet_cil.lineage import LINEAGE_FILE, Files, check_fold, exported, sealed
 from nnunet_cil.step_files import read_step_file
 from nnunet_cil.teacher import PROTOTYPE_FILE, sha256_of
 
@@ -34,6 +38,7 @@ def export_model(
 
     Inside lies ``DATASET/nnUNetTrainer__PLANS__CONFIGURATION`` as nnU-Net lays it out, so that
     ``nnUNetv2_install_pretrained_model_from_zip`` takes the zip, and ``nnUNetv2_predict_from_modelfolder`` the folder.
+    The trainer is another one where a given model's trainer builds a network of its own.
     Checkpoints hold the weights and what prediction needs; optimiser, logs and random states stay behind.
 
     Args:
@@ -43,6 +48,7 @@ def export_model(
 
     Raises:
         FileNotFoundError: a fold is not trained.
+        ValueError: a fold is not what its lineage says.
         FileExistsError: the target exists.
     """
     archive = target.with_name(target.name + ".zip")
@@ -58,19 +64,20 @@ def export_model(
     partial = target.with_name(f".{target.name}.part")
     shutil.rmtree(partial, ignore_errors=True)
     _, plans_name, configuration = source.name.split("__")
-    model = partial / chain.dataset_name(step) / f"{STOCK_TRAINER}__{plans_name}__{configuration}"
-    model.mkdir(parents=True)
     plans = json.loads((source / "plans.json").read_text(encoding="utf-8"))
+    trainer = plans.get(BLOCK_KEY, {}).get("network_of") or STOCK_TRAINER
+    model = partial / chain.dataset_name(step) / f"{trainer}__{plans_name}__{configuration}"
+    model.mkdir(parents=True)
     write_json(model / "plans.json", plans)
     shutil.copyfile(source / "dataset.json", model / "dataset.json")
     if (fingerprint := source / "dataset_fingerprint.json").is_file():
         shutil.copyfile(fingerprint, model / fingerprint.name)
     for fold in folds:
-        _export_fold(source / f"fold_{fold}", model / f"fold_{fold}", configuration)
+        _export_fold(source / f"fold_{fold}", model / f"fold_{fold}", trainer, configuration)
     card = model_card(chain, variant, step, folds, licence)
     files = sorted(path for path in model.rglob("*") if path.is_file())
     card["sha256"] = {path.relative_to(model).as_posix(): sha256_of(path) for path in files}
-    write_json(model / CARD_FILE, card)
+    write_json(model / CARD_FILE, sealed(card))
     packed = archive.with_name(f".{archive.name}.part")
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as zipped:
         for path in sorted(partial.rglob("*")):
@@ -81,14 +88,17 @@ def export_model(
     return archive
 
 
-def _export_fold(source: Path, target: Path, configuration: str) -> None:
+def _export_fold(source: Path, target: Path, trainer: str, configuration: str) -> None:
     target.mkdir()
+    lineage = check_fold(source, Files()) if (source / LINEAGE_FILE).is_file() else None
     checkpoint = torch.load(source / CHECKPOINT, map_location="cpu", weights_only=False)
     kept = {key: checkpoint[key] for key in KEPT_OF_CHECKPOINT}
     init_args = {"configuration": configuration, "fold": checkpoint["init_args"]["fold"]}
-    torch.save({**kept, "trainer_name": STOCK_TRAINER, "init_args": init_args}, target / CHECKPOINT)
+    torch.save({**kept, "trainer_name": trainer, "init_args": init_args}, target / CHECKPOINT)
     if (prototypes := source / PROTOTYPE_FILE).is_file():
         shutil.copyfile(prototypes, target / prototypes.name)
+    if lineage is not None:
+        write_json(target / LINEAGE_FILE, exported(lineage, sha256_of(target / CHECKPOINT)))
 
 
 def model_card(
@@ -151,30 +161,82 @@ def read_card(path: Path) -> dict[str, Any]:
         FileNotFoundError: there is no such path, or no card in it.
         ValueError: several cards, or one that is no JSON object or far too large.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: got nothing there, expected a model folder or a zip.")
-    if path.is_dir():
-        found = sorted(path.rglob(CARD_FILE))
-        sizes, texts = [p.stat().st_size for p in found], [lambda p=p: p.read_bytes() for p in found]
-    else:
-        try:
-            with zipfile.ZipFile(path) as zipped:
-                entries = [entry for entry in zipped.infolist() if PurePosixPath(entry.filename).name == CARD_FILE]
-                sizes = [entry.file_size for entry in entries]
-                texts = [lambda entry=entry: zipfile.ZipFile(path).read(entry) for entry in entries]
-        except zipfile.BadZipFile as error:
-            raise ValueError(f"{path}: got no zip ({error}), expected a model that was exported.") from error
-    if not sizes:
-        raise FileNotFoundError(f"{path}: got no {CARD_FILE}, expected a model written by `nnunet-cil export`.")
-    if len(sizes) > 1 or sizes[0] > MAX_CARD_BYTES:
-        raise ValueError(f"{path}: got {len(sizes)} cards of {sizes} bytes, expected one small one. Name one model.")
+    with _opened(path) as (model, _), (model / CARD_FILE).open("rb") as file:
+        text = file.read(MAX_CARD_BYTES + 1)
+    if len(text) > MAX_CARD_BYTES:
+        raise ValueError(f"{path}: got a {CARD_FILE} of more than {MAX_CARD_BYTES} bytes, expected a small one.")
     try:
-        card = json.loads(texts[0]())
+        card = json.loads(text)
     except ValueError as error:
         raise ValueError(f"{path}: got a {CARD_FILE} that is no JSON ({error}), expected a JSON object.") from error
     if not isinstance(card, dict):
         raise ValueError(f"{path}: got a {CARD_FILE} with {type(card).__name__}, expected a JSON object.")
     return card
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Path | zipfile.Path, list[str]]]:
+    """The one folder with a card below a folder or in a zip, which is not unpacked, and the names of all its files.
+
+    Raises:
+        FileNotFoundError: there is no such path, or no card in it.
+        ValueError: several cards, no zip, or a damaged one.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: got nothing there, expected a model folder or a zip.")
+    if path.is_dir():
+        names = [each.relative_to(path).as_posix() for each in path.rglob("*") if each.is_file()]
+        inner = _only_model(path, names)
+        yield path / inner, [name[len(inner) :] for name in names if name.startswith(inner)]
+        return
+    try:
+        with zipfile.ZipFile(path) as zipped:
+            names = [name for name in zipped.namelist() if not name.endswith("/")]
+            inner = _only_model(path, names)
+            yield zipfile.Path(zipped, inner), [name[len(inner) :] for name in names if name.startswith(inner)]
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{path}: got no zip, or a damaged one ({error}), expected an exported model.") from error
+
+
+def _only_model(path: Path, names: Sequence[str]) -> str:
+    """Where the card lies: empty, or a folder with ``/`` at its end."""
+    cards = [name for name in names if PurePosixPath(name).name == CARD_FILE]
+    if not cards:
+        raise FileNotFoundError(f"{path}: got no {CARD_FILE}, expected a model written by `nnunet-cil export`.")
+    if len(cards) > 1:
+        raise ValueError(f"{path}: got {len(cards)} cards, expected one. Name one model.")
+    return cards[0][: -len(CARD_FILE)]
+
+
+def verify_export(path: Path, files: Files) -> Iterator[str]:
+    """Compare an exported model, folder or zip, with its card and its lineages; a line for each fold that fits.
+
+    Args:
+        files: takes what is compared.
+
+    Raises:
+        FileNotFoundError: there is no such path, or no card in it.
+        ValueError: the first file that differs, is gone, or is not named by the card.
+    """
+    digests = read_card(path).get("sha256", {})
+    with _opened(path) as (model, names):
+        lineages = [name for name in digests if PurePosixPath(name).name == LINEAGE_FILE]
+        if lineages:
+            files.read_sealed(model / CARD_FILE)
+        visible = {name for name in names if not PurePosixPath(name).name.startswith(".")} - {CARD_FILE}
+        if odd := sorted(visible ^ set(digests)):
+            got, expected = ("a file", "none") if odd[0] in visible else ("no file", "one")
+            raise ValueError(
+                f"{model / odd[0]}: got {got}, expected {expected} as {CARD_FILE} names the model's files."
+            )
+        for name, digest in digests.items():
+            files.check(model / name, digest, model / CARD_FILE)
+        yield f"{model.name}: {len(digests)} files as the card says"
+        for name in lineages:
+            content = check_fold((model / name).parent, files)
+            yield f"{name}: trained as {content['folder']}, lineage {content['exported_from']['lineage']}"
+        if not lineages:
+            yield f"no {LINEAGE_FILE}: exported by an earlier version, or trained by one"
 
 
 def card_text(card: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ def last_decoder_stage(network: nn.Module) -> str:
     if not (hasattr(decoder, "stages") and hasattr(decoder, "seg_layers")):
         raise ValueError(
             f"network: got {type(network).__name__}, expected one with decoder.stages and decoder.seg_layers such as "
-            "PlainConvUNet or ResidualEncoderUNet. Its head cannot be extended: choose another plan."
+            "PlainConvUNet or ResidualEncoderUNet. Its head cannot be extended: choose another trainer or plan."
         )
     return f"decoder.stages.{len(decoder.stages) - 1}"
 

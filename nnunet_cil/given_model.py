@@ -17,6 +17,7 @@ from nnunet_cil.labels import check_regions
 
 CHECKPOINT = "checkpoint_final.pth"
 PROTOTYPES = "prototypes.npz"
+LINEAGE = "lineage.json"
 MAX_JSON_BYTES = 100_000_000
 MAX_BYTES = 50_000_000_000
 _FOLD = re.compile(r"fold_(all|\d+)")
@@ -65,7 +66,7 @@ class GivenModel:
             return self.folds[0]
         raise ValueError(
             f"{self.path}: got a model with the folds {list(self.folds)}, expected fold {fold!r} among them. Set "
-            "`fold` in the schedule to one that it has."
+            "`fold` in the schedule to one that it has, or to a list of them."
         )
 
     def install(self, target: Path, folds: Sequence[int | str]) -> None:
@@ -77,7 +78,7 @@ class GivenModel:
             (partial / name).write_text(json.dumps(content, indent=1) + "\n")
         for fold in folds:
             (partial / f"fold_{fold}").mkdir()
-            for name in (CHECKPOINT, PROTOTYPES):
+            for name in (CHECKPOINT, PROTOTYPES, LINEAGE):
                 self._copy(f"fold_{self.fold_for(fold)}/{name}", partial / f"fold_{fold}" / name)
         os.replace(partial, target)
 
@@ -112,7 +113,7 @@ def read_model(path: Path) -> GivenModel:
     Raises:
         FileNotFoundError: there is no such path.
         ValueError: no model in it or several, no finished fold, plans or labels that cannot be read, region-based
-            labels, or labels that are not 1..n.
+            labels, labels that are not 1..n, or a cascade's second stage.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: got nothing there, expected a model folder of nnU-Net or a zip.")
@@ -135,9 +136,28 @@ def read_model(path: Path) -> GivenModel:
             f"{path}: got a model folder {name} whose configuration is not among {known} of its plans, expected "
             "TRAINER__PLANS__CONFIGURATION as nnU-Net names it."
         )
+    check_no_cascade(plans, model.configuration, str(path))
     if plans.get("plans_name") != name.split("__")[1]:
         raise ValueError(f"{path}: got plans named {plans.get('plans_name')!r} in {name}, expected those of its name.")
     return model
+
+
+def check_no_cascade(plans: Mapping[str, Any], configuration: str, where: str) -> None:
+    """Refuse a configuration that builds on the segmentations of another one.
+
+    Raises:
+        ValueError: it is a cascade's second stage, itself or by inheritance.
+    """
+    configurations, name = plans["configurations"], configuration
+    for _ in configurations:
+        settings = configurations.get(name, {})
+        if stage := settings.get("previous_stage"):
+            raise ValueError(
+                f"{where}: got the configuration {configuration}, which needs the segmentations of {stage}, expected "
+                "one without a previous stage. Cascades are not supported, as their input grows with the classes too: "
+                "take 3d_lowres or 3d_fullres."
+            )
+        name = settings.get("inherits_from")
 
 
 def _names(path: Path) -> list[str]:

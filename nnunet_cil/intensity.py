@@ -78,11 +78,12 @@ def warn_of_clipping(
     Returns:
         Largest share over the CT channels by class name; empty without a CT channel or without voxels.
     """
-    schemes = nnunet_api.plans_manager(plans).get_configuration(configuration).normalization_schemes
+    manager = nnunet_api.plans_manager(plans)
+    schemes = manager.get_configuration(configuration).normalization_schemes
     channels = [index for index, scheme in enumerate(schemes) if scheme == "CTNormalization"]
     shares: dict[str, float] = {}
     for channel in channels:
-        window = plans[_PROPERTIES][str(channel)]
+        window = manager.foreground_intensity_properties_per_channel[str(channel)]
         low, high = window["percentile_00_5"], window["percentile_99_5"]
         outside, total = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
         for case in cases[:CASES_TO_LOOK_AT]:

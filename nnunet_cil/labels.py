@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import csv
+import json
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,6 +49,42 @@ def remap_table(
         wanted = "ignore" if name == "ignore" else class_map.get(name)
         table[int(value)] = target.get(wanted, 0) if wanted is not None else 0
     return table
+
+
+def without_classes(table: Mapping[int, int], own_values: Collection[int]) -> dict[int, int]:
+    """The table of a case that lacks these own labels: the classes that they lead to become background.
+
+    Where several own labels lead to one class, the class is gone as soon as one of them is.
+    """
+    gone = {table[value] for value in own_values}
+    return {own: 0 if value in gone else value for own, value in table.items()}
+
+
+def read_unlabelled(path: Path) -> dict[str, tuple[str, ...]]:
+    """Labels that cases lack, by case, each once.
+
+    Args:
+        path: JSON ``{case: [label, ...]}`` where its name ends so, else CSV with the columns ``case`` and ``class``, a
+            line for each label that a case lacks.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if path.suffix == ".json":
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or not all(isinstance(names, list) for names in content.values()):
+            raise ValueError("got no object of lists")
+        pairs = [(case, str(name)) for case, names in content.items() for name in names]
+    else:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file)
+            if not {"case", "class"} <= set(rows.fieldnames or ()):
+                raise ValueError(f"got the columns {rows.fieldnames}")
+            pairs = [((row["case"] or "").strip(), (row["class"] or "").strip()) for row in rows]
+    found: dict[str, dict[str, None]] = {}
+    for case, name in pairs:
+        found.setdefault(case, {})[name] = None
+    return {case: tuple(names) for case, names in found.items()}
 
 
 def apply_remap(seg: np.ndarray, table: Mapping[int, int]) -> np.ndarray:

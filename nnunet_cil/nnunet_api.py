@@ -6,6 +6,7 @@ new nnU-Net release is a matter of this file, ``trainer.py`` and ``tests/test_nn
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
@@ -317,19 +318,27 @@ def train_arguments(
     return arguments + (["-device", device] if device != "cuda" else [])
 
 
+def trainer_class(name: str) -> Any:
+    """nnU-Net's trainer class of this name: one of its own, or one in a folder of ``nnUNet_extTrainer``.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    try:
+        return recursive_find_trainer_class_by_name(name)
+    except RuntimeError as error:
+        raise ValueError(f"trainer: got {name!r}, which nnU-Net does not find: {error}") from error
+
+
 def check_trainer(name: str) -> None:
     """Refuse a trainer that nnU-Net does not find, or that knows nothing of steps.
 
     Raises:
         ValueError: it is missing, or has no ``objective_class``.
     """
-    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-
-    try:
-        found = recursive_find_trainer_class_by_name(name)
-    except RuntimeError as error:
-        raise ValueError(f"trainer: got {name!r}, which nnU-Net does not find: {error}") from error
-    if not hasattr(found, "objective_class"):
+    if not hasattr(trainer_class(name), "objective_class"):
         raise ValueError(
             f"trainer: got {name}, expected a subclass of nnunet_cil's IncrementalTrainer, such as nnUNetTrainerPGCD."
         )
@@ -455,20 +464,51 @@ def plans_manager(plans: Mapping[str, Any]) -> Any:
 
 
 def build_network(plans: Mapping[str, Any], dataset_json: Mapping[str, Any], configuration: str, trainer: str) -> Any:
-    """The network that nnU-Net would build to predict with this model; no deep supervision, on the CPU."""
-    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+    """The network that nnU-Net would build to predict with this model; no deep supervision, on the CPU.
+
+    Raises:
+        ValueError: nnU-Net does not find the trainer.
+    """
     from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 
     manager = plans_manager(plans)
     chosen = manager.get_configuration(configuration)
-    trainer_class = recursive_find_trainer_class_by_name(trainer)
-    return trainer_class.build_network_architecture(
-        manager,
-        chosen,
-        determine_num_input_channels(manager, chosen, dict(dataset_json)),
-        manager.get_label_manager(dict(dataset_json)).num_segmentation_heads,
-        enable_deep_supervision=False,
+    n_inputs = determine_num_input_channels(manager, chosen, dict(dataset_json))
+    n_outputs = manager.get_label_manager(dict(dataset_json)).num_segmentation_heads
+    return network_of(trainer, manager, chosen, n_inputs, n_outputs, enable_deep_supervision=False)
+
+
+def network_of(
+    trainer: str, manager: Any, configuration: Any, n_inputs: int, n_outputs: int, enable_deep_supervision: bool = True
+) -> Any:
+    """The network that a trainer builds, also one that has the older signature of nnU-Net's method.
+
+    Args:
+        manager: PlansManager; configuration: ConfigurationManager.
+
+    Raises:
+        ValueError: nnU-Net does not find the trainer.
+    """
+    build = trainer_class(trainer).build_network_architecture
+    if "plans_manager" in inspect.signature(build).parameters:
+        return build(manager, configuration, n_inputs, n_outputs, enable_deep_supervision)
+    return build(
+        configuration.network_arch_class_name,
+        configuration.network_arch_init_kwargs,
+        configuration.network_arch_init_kwargs_req_import,
+        n_inputs,
+        n_outputs,
+        enable_deep_supervision,
     )
+
+
+def has_own_network(trainer: str) -> bool:
+    """Whether a trainer, none of ours, builds another network than nnU-Net's own from the same plans."""
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    found = trainer_class(trainer)
+    ours = hasattr(found, "objective_class")
+    return not ours and found.build_network_architecture is not nnUNetTrainer.build_network_architecture
 
 
 class SlidingWindow:

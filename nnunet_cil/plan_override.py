@@ -29,7 +29,12 @@ def apply_override(plans: Mapping[str, Any], configuration: str, override: PlanO
             stages, or a length that is not the configuration's number of axes.
     """
     plans = copy.deepcopy(dict(plans))
-    settings = plans["configurations"][configuration]
+    if override == PlanOverride():
+        return plans
+    # nnU-Net resolves what a configuration inherits, and turns the older format into today's
+    settings = nnunet_api.plans_manager(plans).get_configuration(configuration).configuration
+    settings.pop("inherits_from", None)
+    plans["configurations"][configuration] = settings
     n_axes = len(settings["patch_size"])
     for key in ("patch_size", "spacing"):
         value = getattr(override, key)

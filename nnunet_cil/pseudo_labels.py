@@ -24,6 +24,11 @@ ENTROPY_BINS = 100
 Rule = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
+def kept_cases_of(step: int) -> str:
+    """What the key of a cache says under ``of`` if its cases are kept ones of an earlier step (``replay``)."""
+    return f"kept cases of step {step}"
+
+
 def by_confidence(tau_old: float, tau_background: float) -> Rule:
     """Believe a decision whose probability is at least ``tau_old``, or ``tau_background`` where it is background."""
 
@@ -77,10 +82,28 @@ def median_entropies(histogram: torch.Tensor, smallest: float = 1e-3) -> torch.T
     return (median / ENTROPY_BINS).clamp_min(smallest)
 
 
+def rule_out(teacher_logits: torch.Tensor, classes: Sequence[Sequence[int]]) -> torch.Tensor:
+    """The teacher's logits where it is known what a voxel is not: minus infinity for these classes of each sample.
+
+    A case whose own labels hold an old class needs no pseudo-label of it: what they call background is none of it. Its
+    probability goes to the other outputs in proportion, as in conditioning on what is known.
+
+    Args:
+        teacher_logits: (B, n_old, *spatial).
+        classes: old classes from 1 on, by sample; if no sample has any, the logits come back as they are.
+    """
+    if not any(classes):
+        return teacher_logits
+    result = teacher_logits.clone()
+    for sample, known in zip(result, classes, strict=True):
+        sample[list(known)] = -math.inf
+    return result
+
+
 def merge_pseudo_labels(
     labels: torch.Tensor, teacher_logits: torch.Tensor, accepts: Rule, ignore_id: int
 ) -> torch.Tensor:
-    """Labels of the new classes, completed by the teacher where they say background (docs/method.md, section 1).
+    """The step's own labels, completed by the teacher where they say background (docs/method.md, section 1).
 
     Args:
         labels: (B, 1, *spatial) integers; 0 is background, all else is kept as it is.
@@ -120,16 +143,19 @@ class PseudoLabelCache:
         return self.folder / f"{case}_seg.b2nd", self.folder / f"{case}.npz"
 
     @staticmethod
-    def _source_digest(seg: np.ndarray) -> str:
-        return hashlib.sha256(np.ascontiguousarray(seg).tobytes()).hexdigest()
+    def _source_digest(seg: np.ndarray, ruled_out: Sequence[int]) -> str:
+        digest = hashlib.sha256(np.ascontiguousarray(seg).tobytes())
+        if ruled_out:
+            digest.update(repr(sorted(ruled_out)).encode())
+        return digest.hexdigest()
 
-    def has(self, case: str, seg: np.ndarray) -> bool:
-        """Whether the case is there, whole, and made from this segmentation."""
+    def has(self, case: str, seg: np.ndarray, ruled_out: Sequence[int] = ()) -> bool:
+        """Whether the case is there, whole, and made from this segmentation, with these classes ruled out."""
         seg_path, info_path = self._paths(case)
         if not (seg_path.is_file() and info_path.is_file()):
             return False
         with np.load(info_path, allow_pickle=False) as info:
-            return str(info["source"]) == self._source_digest(seg)
+            return str(info["source"]) == self._source_digest(seg, ruled_out)
 
     def fill(
         self,
@@ -140,6 +166,7 @@ class PseudoLabelCache:
         patch_size: Sequence[int],
         with_annotated: bool,
         say: Callable[[str], None] = logger.info,
+        ruled_out: Mapping[str, Sequence[int]] | None = None,
     ) -> int:
         """Make the cases that are not there yet; returns how many were made.
 
@@ -150,14 +177,15 @@ class PseudoLabelCache:
             patch_size: of the training, for which the files are chunked.
             with_annotated: whether the dataset declares an ignore label.
             say: gets a line of progress now and then.
+            ruled_out: old classes that a case's own labels hold, by case, see `rule_out`.
         """
         started, made, told = monotonic(), 0, monotonic()
         for number, case in enumerate(cases, 1):
             image, seg, _, _ = dataset.load_case(case)
-            seg = np.asarray(seg[:])
-            if self.has(case, seg):
+            seg, known = np.asarray(seg[:]), (ruled_out or {}).get(case, ())
+            if self.has(case, seg, known):
                 continue
-            self._add(case, seg, teacher_logits(image), accepts, patch_size, with_annotated)
+            self._add(case, seg, known, teacher_logits(image), accepts, patch_size, with_annotated)
             made += 1
             if monotonic() - told > 10:
                 told = monotonic()
@@ -169,6 +197,7 @@ class PseudoLabelCache:
         self,
         case: str,
         seg: np.ndarray,
+        ruled_out: Sequence[int],
         logits: torch.Tensor,
         accepts: Rule,
         patch_size: Sequence[int],
@@ -176,10 +205,11 @@ class PseudoLabelCache:
     ) -> None:
         n_classes = self.key["n_classes"]
         own = torch.from_numpy(seg.astype(np.int64))[None]
-        merged = merge_pseudo_labels(own, logits[None], accepts, ignore_id=n_classes)[0].numpy()
+        logits = rule_out(logits[None], [ruled_out])
+        merged = merge_pseudo_labels(own, logits, accepts, ignore_id=n_classes)[0].numpy()
         locations = nnunet_api.class_locations(merged, range(1, n_classes), with_annotated)
         counts = np.bincount(merged[(merged >= 0) & (merged < n_classes)], minlength=n_classes)
-        arrays = {"source": np.asarray(self._source_digest(seg)), "counts": counts}
+        arrays = {"source": np.asarray(self._source_digest(seg, ruled_out)), "counts": counts}
         for label, positions in locations.items():
             name = "annotated" if isinstance(label, tuple) else f"class_{label}"
             arrays[name] = np.asarray(positions, dtype=np.int32).reshape(-1, merged.ndim)

@@ -6,19 +6,20 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from nnunet_cil.given_model import GivenModel, read_model
-from nnunet_cil.labels import check_regions
+from nnunet_cil.labels import check_regions, read_unlabelled
 
 METHOD_DEFAULTS: Mapping[str, Any] = {
     "lambda_pgcd": 1.0,
@@ -36,7 +37,7 @@ METHOD_DEFAULTS: Mapping[str, Any] = {
     "class_balance": False,
     "class_balance_max": 5.0,
     "scale_by_classes": False,
-    "new_rows": "background",
+    "new_rows": "prototypes",
     "pgcd_spatial": True,
     "calibration": "prototypes",
     "dapd_global": True,
@@ -69,6 +70,8 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "static_background": {"mu": 1.0},
     "uniform_weights": {"calibration": "uniform"},
     "no_pseudo_labels": {"pseudo_labels": "off"},
+    "background_rows": {"new_rows": "background"},
+    "rows_only": {"lambda_pgcd": 0.0, "lambda_dapd": 0.0},
 }
 CONFIGURATIONS = ("2d", "3d_lowres", "3d_fullres")
 INTENSITY_MODES = ("step1", "whole_image")
@@ -77,7 +80,14 @@ OPTIONAL_INTENSITY_KEYS = ("min", "max", "median")
 AMP_CHOICES = ("auto", "off", "bfloat16", "float16")
 DEVICES = ("auto", "cuda", "cpu", "mps")
 RESERVED = ("background", "ignore")
+UNLABELLED_FILES = ("unlabelled.csv", "unlabelled.json")
+UNLABELLED = "a CSV with the columns case and class, or a JSON object of cases with lists of labels"
 MIN_STAGES = 3
+
+
+def kept_source(chain_folder: Path, step: int) -> Path:
+    """Raw dataset without files that a chain keeps of a step's own dataset, see ``dataset.keep_source``."""
+    return chain_folder / "sources" / f"step{step}"
 
 
 class ScheduleError(ValueError):
@@ -88,18 +98,29 @@ class ScheduleError(ValueError):
 class Step:
     """Classes of one step; ``dataset`` and ``class_map`` (own label -> class, None: dropped) if it has its own data.
 
-    ``joint_map``: likewise for the joint model, if the dataset labels the classes of all steps.
+    ``class_map`` may lead to classes of earlier steps too, whose labels are then used. ``joint_map``: likewise for the
+    joint model, if the dataset labels the classes of all steps. ``unlabelled``: own labels that a case lacks, by case.
     """
 
     classes: tuple[str, ...]
     dataset: Path | None = None
     class_map: Mapping[str, str | None] | None = None
     joint_map: Mapping[str, str | None] | None = None
+    unlabelled: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def old_classes(self) -> tuple[str, ...]:
+        """Classes of earlier steps that this step's data label as well."""
+        found = dict.fromkeys(name for name in (self.class_map or {}).values() if name is not None)
+        return tuple(name for name in found if name not in self.classes)
 
 
 @dataclass(frozen=True)
 class TestSet:
-    """Test images and labels: own label names -> classes, own label names -> values, which subjects (None: all)."""
+    """Test images and labels: own label names -> classes, own label names -> values, which subjects (None: all).
+
+    ``unlabelled``: own labels that a subject lacks, by subject.
+    """
 
     __test__ = False
 
@@ -109,6 +130,7 @@ class TestSet:
     values: Mapping[str, int]
     dataset: Path | None = None
     subjects: tuple[str, ...] | None = None
+    unlabelled: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -159,6 +181,7 @@ class Schedule:
     steps: tuple[Step, ...]
     source: Path | None = None
     images: str = "shared"
+    unlabelled: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     train_subjects: tuple[str, ...] | None = None
     test: tuple[TestSet, ...] = ()
     configuration: str = "3d_fullres"
@@ -198,17 +221,22 @@ class Schedule:
         return tuple(name for s in self.steps[:step] for name in s.classes)
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings in force, JSON-able; data sources and test set as the user wrote them, so without our paths."""
+        """The settings in force, JSON-able; data sources and test set as the user wrote them, so without our paths.
+
+        Of what is unlabelled there is a digest, as it may be long.
+        """
         return {
             "name": self.name,
             "source": self.raw.get("source"),
             "steps": [
                 {"classes": list(s.classes), "dataset": _written(raw), "class_map": s.class_map and dict(s.class_map)}
                 | ({"joint": dict(s.joint_map)} if s.joint_map else {})
+                | _digest_of(s.unlabelled)
                 for s, raw in zip([self.steps[t - 1] for t in self.own_steps], self.raw["steps"], strict=True)
             ],
             **({"model": self.raw["model"]} if self.model else {}),
             "images": self.images,
+            **_digest_of(self.unlabelled),
             "test": self.raw.get("test"),
             "configuration": self.configuration,
             "folds": list(self.folds),
@@ -231,6 +259,7 @@ KEYS = (
     "model",
     "source",
     "images",
+    "unlabelled",
     "test",
     "configuration",
     "fold",
@@ -250,6 +279,13 @@ KEYS = (
 
 def _written(raw_step: Any) -> str | None:
     return str(raw_step["dataset"]) if isinstance(raw_step, Mapping) else None
+
+
+def _digest_of(unlabelled: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    if not unlabelled:
+        return {}
+    content = json.dumps({case: sorted(names) for case, names in unlabelled.items()}, sort_keys=True)
+    return {"unlabelled": f"{len(unlabelled)} cases, sha256 {hashlib.sha256(content.encode()).hexdigest()[:16]}"}
 
 
 def load_schedule(path: Path | str) -> Schedule:
@@ -300,6 +336,7 @@ class _Reader:
 
     def __init__(self, path: Path, raw: Any) -> None:
         self.path, self.raw, self.problems = path, raw, []
+        self.declared: dict[Path | None, Mapping[str, tuple[str, ...]]] = {}
 
     def problem(self, key: str, got: Any, expected: str) -> None:
         self.problems.append(f"{self.path}: {key}: got {got}, expected {expected}.")
@@ -328,12 +365,17 @@ class _Reader:
         values["model"] = model = self._model(raw.get("model"))
         if model is not None:
             values["configuration"] = model.configuration
+            self._check_folds_of(model, values["folds"])
         values["variants"] = self._variants(raw.get("variants"), values["method"])
+        values["unlabelled"] = self._unlabelled("unlabelled", raw.get("unlabelled"), values["source"])
+        if raw.get("unlabelled") is not None and raw.get("source") is None:
+            self.problem("unlabelled", "the key without a source", "a source, or the key in each step that needs it")
         own = self._steps(raw.get("steps"), values["source"], () if model is None else model.classes)
         values["steps"] = own if model is None else (Step(model.classes), *own)
         self._check_channels(values["intensity"], values["source"], values["steps"])
         if values["device"] in ("cpu", "mps") and values["training"].amp == "float16":
             self.problem("training: amp", f"float16 with device: {values['device']}", "auto, bfloat16 or off")
+        self.declared = {step.dataset: step.unlabelled for step in own} | {values["source"]: values["unlabelled"]}
         values["test"], values["train_subjects"] = self._test(raw.get("test"), values["source"], values["steps"])
         if self.problems:
             raise ScheduleError("\n".join(self.problems))
@@ -634,6 +676,13 @@ class _Reader:
             self.problems.append(f"{self.path}: model: {error}")
             return None
 
+    def _check_folds_of(self, model: GivenModel, folds: Sequence[int | str]) -> None:
+        try:
+            for fold in folds:
+                model.fold_for(fold)
+        except ValueError as error:
+            self.problems.append(f"{self.path}: fold: {error}")
+
     def _steps(self, value: Any, source: Path | None, given: Sequence[str] = ()) -> tuple[Step, ...]:
         if not isinstance(value, list) or not value:
             self.problem("steps", repr(value), "a list with the classes of each step")
@@ -641,18 +690,20 @@ class _Reader:
         steps, seen = [], dict.fromkeys(given, "the model")
         for index, entry in enumerate(value):
             key = f"steps[{index}]"
-            step = self._own_step(key, entry) if isinstance(entry, dict) else self._cut_step(key, entry, source)
+            number = index + (2 if given else 1)
+            step = self._own_step(key, entry, number) if isinstance(entry, dict) else self._cut_step(key, entry, source)
             if step is None:
                 continue
-            steps.append(step)
+            new = tuple(name for name in step.classes if name not in seen)
+            relabels = isinstance(entry, dict) and len(new) > 0  # its data label old classes as well
             for name in step.classes:
                 if name in RESERVED:
                     self.problem(key, repr(name), "a class; that name is nnU-Net's own")
-                if name in seen:
-                    self.problem(
-                        key, f"class {name!r} that {seen[name]} has already", "each class in one step only, once"
-                    )
-                seen[name] = key
+                if name in seen and not relabels:
+                    expected = "at least one new class" if isinstance(entry, dict) else "each class in one step, once"
+                    self.problem(key, f"class {name!r} that {seen[name]} has already", expected)
+                seen.setdefault(name, key)
+            steps.append(replace(step, classes=new) if relabels else step)
         for step, key in [(step, seen[step.classes[0]]) for step in steps if step.joint_map and step.classes]:
             found = {name for name in (step.joint_map or {}).values() if name is not None}
             if found != set(seen):
@@ -693,9 +744,13 @@ class _Reader:
                 hint = f" (did you mean {near[0]!r}?)" if near else ""
                 self.problem(key, f"unknown class {name!r}{hint}", f"one of {sorted(set(labels) - set(RESERVED))}")
 
-    def _own_step(self, key: str, entry: Mapping) -> Step | None:
-        self._known_keys(f"{key}: ", entry, ("dataset", "classes", "joint"))
+    def _own_step(self, key: str, entry: Mapping, number: int) -> Step | None:
+        self._known_keys(f"{key}: ", entry, ("dataset", "classes", "joint", "unlabelled"))
+        n_problems, kept = len(self.problems), self._kept_source(number)
         folder = self._dataset(f"{key}: dataset", entry.get("dataset"))
+        if is_gone := folder is None and kept is not None:
+            folder = kept
+            del self.problems[n_problems:]
         joint = self._class_map(f"{key}: joint", entry["joint"], folder) if "joint" in entry else None
         class_map = self._class_map(f"{key}: classes", entry.get("classes"), folder)
         if folder is None or class_map is None:
@@ -703,7 +758,56 @@ class _Reader:
         classes = tuple(dict.fromkeys(name for name in class_map.values() if name is not None))
         if not classes:
             self.problem(f"{key}: classes", "no class", "at least one that is learned")
-        return Step(classes, folder, class_map, joint)
+        unlabelled = self._unlabelled(f"{key}: unlabelled", entry.get("unlabelled"), None if is_gone else folder)
+        return Step(classes, folder, class_map, joint, unlabelled)
+
+    def _unlabelled(self, key: str, value: Any, folder: Path | None) -> dict[str, tuple[str, ...]]:
+        """Own labels that cases of a raw dataset lack, by case: from the file that is named, or the dataset's own."""
+        if folder is None:
+            return {}
+        own = [folder / name for name in UNLABELLED_FILES if (folder / name).is_file()]
+        path = self._file(key, value, folder, UNLABELLED) if value is not None else own[0] if own else None
+        cases = _cases_in(folder / "imagesTr") | _cases_in(folder / "imagesTs")
+        if self._lists_files(folder):
+            cases |= set(json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["dataset"])
+        return self._read_unlabelled(key, path, cases, self._labels_of(key, folder) or {})
+
+    def _read_unlabelled(
+        self, key: str, path: Path | None, cases: set[str], labels: Mapping[str, int]
+    ) -> dict[str, tuple[str, ...]]:
+        if path is None:
+            return {}
+        try:
+            found = read_unlabelled(path)
+        except (OSError, ValueError, RecursionError) as error:
+            self.problem(key, f"{path}: {error}", UNLABELLED)
+            return {}
+        if unknown := sorted(set(found) - cases):
+            shown = f"{unknown[:5]}{' ...' * (len(unknown) > 5)}"
+            self.problem(key, f"{len(unknown)} cases that do not exist: {shown}", f"in {path} those of the dataset")
+        names = {name: name for name in labels if name not in RESERVED}
+        names = {str(labels[name]): name for name in names} | names  # a label may be given by its number
+        if unknown := sorted({name for of_case in found.values() for name in of_case} - set(names)):
+            self.problem(key, f"unknown labels {unknown}", f"in {path} some of {sorted(set(labels) - set(RESERVED))}")
+        return {case: tuple(names[name] for name in of_case if name in names) for case, of_case in found.items()}
+
+    def _file(self, key: str, value: Any, folder: Path | None, expected: str) -> Path | None:
+        """A file beside the schedule; if there is none, in the folder of a dataset."""
+        path = self._path(key, value)
+        if path is None:
+            return None
+        if not path.is_file() and folder is not None and (folder / value).is_file():
+            path = folder / value
+        if not path.is_file():
+            self.problem(key, f"no file {path}", expected)
+            return None
+        return path
+
+    def _kept_source(self, number: int) -> Path | None:
+        """What the chain kept of a step's dataset, whose scans may be gone once they are trained on."""
+        results = os.environ.get("nnUNet_results")  # noqa: SIM112  (nnU-Net's spelling)
+        folder = kept_source(Path(results or "").absolute() / f"chain_{self.raw.get('name')}", number)
+        return folder if results and (folder / "dataset.json").is_file() else None
 
     def _class_map(self, key: str, value: Any, folder: Path | None) -> dict[str, str | None] | None:
         if isinstance(value, dict) and folder is not None:  # own labels may be given by number
@@ -748,11 +852,8 @@ class _Reader:
         return tuple(s for s in sets if s is not None), train
 
     def _split_file(self, value: str, source: Path | None) -> tuple[list[str] | None, tuple[str, ...] | None]:
-        path = self._path("test", value)
-        if path is not None and not path.is_file() and source is not None and (source / value).is_file():
-            path = source / value  # as `nnunet-cil convert` writes it
-        if path is None or not path.is_file():
-            self.problem("test", f"no file {path}", "a JSON file with the key 'test', and maybe 'train'")
+        path = self._file("test", value, source, "a JSON file with the key 'test', and maybe 'train'")
+        if path is None:
             return None, None
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -767,8 +868,7 @@ class _Reader:
         return test, None if train is None else tuple(train)
 
     def _test_set(self, entry: Any, source: Path | None, classes: tuple[str, ...]) -> TestSet | None:
-        subjects = None
-        class_map = None
+        subjects = class_map = declared = None
         if isinstance(entry, list):
             if source is None:
                 self.problem("test", "subjects without a source", "a dataset, or {images: .., labels: ..}")
@@ -777,9 +877,9 @@ class _Reader:
         elif isinstance(entry, dict) and "images" in entry:
             return self._folder_pair(entry, source, classes)
         elif isinstance(entry, dict):
-            self._known_keys("test: ", entry, ("dataset", "subjects", "classes"))
+            self._known_keys("test: ", entry, ("dataset", "subjects", "classes", "unlabelled"))
             folder = self._dataset("test: dataset", entry.get("dataset"))
-            subjects = entry.get("subjects")
+            subjects, declared = entry.get("subjects"), entry.get("unlabelled")
             if "classes" in entry:
                 class_map = self._class_map("test: classes", entry["classes"], folder)
         else:
@@ -793,10 +893,15 @@ class _Reader:
         self._check_targets(class_map, classes)
         if subjects is not None:
             subjects = self._subjects("test", subjects, folder / f"images{part}", folder)
-        return TestSet(folder / f"images{part}", folder / f"labels{part}", class_map, values, folder, subjects)
+        if declared is None and folder in self.declared:
+            unlabelled = self.declared[folder]
+        else:
+            unlabelled = self._unlabelled("test: unlabelled", declared, folder)
+        images, labels = folder / f"images{part}", folder / f"labels{part}"
+        return TestSet(images, labels, class_map, values, folder, subjects, unlabelled)
 
     def _folder_pair(self, entry: Mapping, source: Path | None, classes: tuple[str, ...]) -> TestSet | None:
-        self._known_keys("test: ", entry, ("images", "labels", "classes"))
+        self._known_keys("test: ", entry, ("images", "labels", "classes", "unlabelled"))
         folders = [self._path(f"test: {key}", entry.get(key)) for key in ("images", "labels")]
         for key, folder in zip(("images", "labels"), folders, strict=True):
             if folder is not None and not folder.is_dir():
@@ -810,7 +915,10 @@ class _Reader:
         self._check_targets(class_map, classes)
         if folders[0] is None or folders[1] is None:
             return None
-        return TestSet(folders[0], folders[1], class_map, values)
+        given = entry.get("unlabelled")
+        path = self._file("test: unlabelled", given, folders[0], UNLABELLED) if given is not None else None
+        unlabelled = self._read_unlabelled("test: unlabelled", path, _cases_in(folders[0]), values)
+        return TestSet(folders[0], folders[1], class_map, values, unlabelled=unlabelled)
 
     def _check_targets(self, class_map: Mapping[str, str | None], classes: Sequence[str]) -> None:
         if unknown := sorted({name for name in class_map.values() if name is not None and name not in classes}):
@@ -830,6 +938,12 @@ class _Reader:
         if twice := sorted({s for s in subjects if list(subjects).count(s) > 1}):
             self.problem(key, f"{twice} twice", "each subject once")
         return tuple(subjects)
+
+
+def _cases_in(images: Path) -> set[str]:
+    """Names of the cases in a folder of images in nnU-Net's naming; none where there is no folder."""
+    files = images.iterdir() if images.is_dir() else ()
+    return {re.sub(r"_\d{4}\..*$", "", file.name) for file in files}
 
 
 def _is_int(value: Any) -> bool:

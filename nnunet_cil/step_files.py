@@ -1,11 +1,21 @@
-"""Names and completeness of the files that make a step's preprocessed dataset."""
+"""Small files of a chain: how they are written, and which ones make a step's preprocessed dataset whole."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 STEP_FILE = "cil_step.json"
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(json.dumps(content, indent=1, sort_keys=False) + "\n")
+    os.replace(partial, path)
 
 
 def read_step_file(folder: Path) -> dict | None:
@@ -25,11 +35,17 @@ def check_step_files(preprocessed: Path, data_identifier: str) -> None:
     """Refuse a step's dataset whose preprocessing was not finished. Datasets that are not ours pass.
 
     Raises:
-        ValueError: the configuration is not marked as complete, or images, segmentations or properties are missing.
+        ValueError: the data were removed, the configuration is not marked as complete, or images, segmentations or
+            properties are missing.
     """
     step = read_step_file(preprocessed)
     if step is None:
         return
+    if step.get("forgotten"):
+        raise ValueError(
+            f"{preprocessed}: got a step whose data were removed with `nnunet-cil audit --forget`, expected data to "
+            "train on. Train a later step, or start a chain of another name."
+        )
     folder = preprocessed / data_identifier
     n_whole = count_whole_cases(folder)
     if data_identifier not in step["complete"] or n_whole != step["n_cases"]:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from nnunet_cil import nnunet_api
+from nnunet_cil.block import BLOCK_KEY
 from nnunet_cil.features import last_decoder_stage
 from nnunet_cil.prototypes import PrototypeStore
 
@@ -52,7 +53,7 @@ class Teacher:
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file's content as hex."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
@@ -63,7 +64,8 @@ def load_teacher(model_folder: Path, fold: int | str, checkpoint_name: str, devi
 
     Raises:
         FileNotFoundError: the folder, its plans.json or dataset.json, or the fold's checkpoint is missing.
-        ValueError: the checkpoint is truncated, not one of nnU-Net, or does not fit its own plans and dataset.json.
+        ValueError: the checkpoint is truncated, not one of nnU-Net, or does not fit its own plans and dataset.json;
+            its trainer is not found, or has a network that cannot be extended.
     """
     checkpoint_path = model_folder / f"fold_{fold}" / checkpoint_name
     for path in (model_folder / "plans.json", model_folder / "dataset.json", checkpoint_path):
@@ -109,11 +111,22 @@ def load_teacher(model_folder: Path, fold: int | str, checkpoint_name: str, devi
     )
 
 
-def mirror_axes_of(model_folder: Path, fold: int | str, checkpoint_name: str = "checkpoint_final.pth") -> tuple | None:
-    """Axes that prediction with a model may mirror, as its checkpoint says; None for none."""
-    checkpoint = torch.load(model_folder / f"fold_{fold}" / checkpoint_name, map_location="cpu", weights_only=False)
-    axes = checkpoint.get("inference_allowed_mirroring_axes")
-    return None if axes is None else tuple(axes)
+def inherited_from(model_folder: Path, fold: int | str) -> dict[str, Any]:
+    """What later steps take over from a given model beside its plans, JSON-able; the model is loaded, and so checked.
+
+    Returns:
+        ``mirror_axes`` that its prediction may mirror, and ``network_of``, the trainer that builds its network, or None
+        where that is nnU-Net's own.
+
+    Raises:
+        FileNotFoundError: as `load_teacher`.
+        ValueError: as `load_teacher`; so also a network that cannot be extended, or a trainer that is not found.
+    """
+    model = load_teacher(model_folder, fold, "checkpoint_final.pth", torch.device("cpu"))
+    network_of = model.plans.get(BLOCK_KEY, {}).get("network_of")
+    if nnunet_api.has_own_network(model.trainer):
+        network_of = model.trainer
+    return {"mirror_axes": list(model.mirror_axes or ()), "network_of": network_of}
 
 
 def check_teacher(
@@ -139,7 +152,8 @@ def check_teacher(
         for key in sorted(set(mine) | set(theirs)):
             if key not in ("data_identifier", "batch_size") and mine.get(key) != theirs.get(key):
                 problems.append(f"plans: {configuration}.{key}: teacher {theirs.get(key)}, step {mine.get(key)}")
-    for key in ("transpose_forward", "foreground_intensity_properties_per_channel", "image_reader_writer"):
+    intensities = [f"foreground_intensity_properties_{by}" for by in ("per_channel", "by_modality")]  # now, and once
+    for key in ("transpose_forward", *intensities, "image_reader_writer"):
         if teacher.plans.get(key) != plans.get(key):
             problems.append(f"plans: {key}: teacher {teacher.plans.get(key)}, step {plans.get(key)}")
     if teacher.dataset_json.get("channel_names") != dataset_json.get("channel_names"):

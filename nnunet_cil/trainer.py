@@ -7,7 +7,7 @@ import os
 import random
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
@@ -29,13 +29,16 @@ from nnunet_cil import nnunet_api
 from nnunet_cil.block import BLOCK_KEY, StepBlock
 from nnunet_cil.extraction import accumulate_prototypes, random_patch, transported
 from nnunet_cil.features import FeatureTap, last_decoder_stage
+from nnunet_cil.given_model import check_no_cascade
 from nnunet_cil.imprinting import class_statistics, imprint
+from nnunet_cil.lineage import teacher_link, write_lineage
 from nnunet_cil.logging_terms import TERM_PREFIX, TermLogger
+from nnunet_cil.losses.partial import fold_unlabelled, without_unsure_background
 from nnunet_cil.objectives.base import Objective, Outputs
 from nnunet_cil.objectives.finetune import Finetune
 from nnunet_cil.parallel import thread_count
 from nnunet_cil.precision import Float32Loss, amp_dtype, autocast, set_memory_format
-from nnunet_cil.prototypes import PrototypeStore
+from nnunet_cil.prototypes import PrototypeStore, reduced
 from nnunet_cil.pseudo_labels import (
     ENTROPY_BINS,
     JoinedDataset,
@@ -45,11 +48,13 @@ from nnunet_cil.pseudo_labels import (
     by_confidence,
     by_entropy,
     entropy_histogram,
+    kept_cases_of,
     median_entropies,
     merge_pseudo_labels,
     only_organs,
+    rule_out,
 )
-from nnunet_cil.step_files import check_step_files
+from nnunet_cil.step_files import check_step_files, read_step_file
 from nnunet_cil.teacher import PROTOTYPE_FILE, Teacher, check_teacher, fuse_weights, grow_head, load_teacher, sha256_of
 
 COST_FILE = "cost.json"
@@ -89,7 +94,10 @@ class IncrementalTrainer(nnUNetTrainer):
 
     def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):  # noqa: B008
         self.block = StepBlock.from_plans(plans, dataset_json)
+        check_no_cascade(plans, configuration, f"plans {plans.get('plans_name')}")
         super().__init__(plans, configuration, fold, dataset_json, device)
+        # without a cascade: nnU-Net's validation of 3d_lowres would look for data of its next stage
+        self.configuration_manager.configuration.pop("next_stage", None)
         training = self.block.training
         self.amp_dtype = amp_dtype(training.amp, self.device)
         if self.device.type == "cpu":
@@ -102,9 +110,12 @@ class IncrementalTrainer(nnUNetTrainer):
         self.initial_lr = training.initial_lr if self.block.step == 1 else training.later_lr
         self.enable_deep_supervision = training.deep_supervision
         self.teacher: Teacher | None = None
+        self._teacher_link: dict | None = None
         self.objective: Objective | None = None
         self._taps: dict[str, tuple[FeatureTap, ...]] = {}
         self._cache: PseudoLabelCache | None = None
+        self._unlabelled: dict[str, tuple[int, ...]] = {}  # new classes that a case's labels lack
+        self._relabelled: dict[str, tuple[int, ...]] = {}  # old classes that a case's own labels hold
         self._resumed: dict | None = None
         self._last_save = monotonic()
         self._seconds_training = 0.0
@@ -123,6 +134,14 @@ class IncrementalTrainer(nnUNetTrainer):
         """Whether pseudo-labels come from the teacher's prediction of each patch."""
         return self.incremental and self.block.settings["pseudo_labels"] == "online"
 
+    @staticmethod
+    def build_network_architecture(plans_manager, *args, **kwargs):
+        """nnU-Net's own network of the plans, or that of the trainer of the model that the chain was given."""
+        owner = plans_manager.plans.get(BLOCK_KEY, {}).get("network_of")
+        if owner is None:
+            return nnUNetTrainer.build_network_architecture(plans_manager, *args, **kwargs)
+        return nnunet_api.network_of(owner, plans_manager, *args, **kwargs)
+
     def initialize(self):
         self._seed()
         super().initialize()
@@ -131,8 +150,8 @@ class IncrementalTrainer(nnUNetTrainer):
         self.print_to_log_file(f"Precision: {self.amp_dtype or 'full'}, {torch.get_num_threads()} threads")
 
     def _set_memory_format(self, network: nn.Module) -> None:
-        features = self.configuration_manager.network_arch_init_kwargs["features_per_stage"]
-        set_memory_format(network, self.device, features[0], self.label_manager.num_segmentation_heads)
+        n_features = unwrap(network).decoder.seg_layers[-1].in_channels
+        set_memory_format(network, self.device, n_features, self.label_manager.num_segmentation_heads)
 
     def configure_optimizers(self):
         optimizer, scheduler = super().configure_optimizers()
@@ -186,6 +205,7 @@ class IncrementalTrainer(nnUNetTrainer):
         if not self.was_initialized:
             self.initialize()
         check_step_files(Path(self.preprocessed_dataset_folder_base), self.configuration_manager.data_identifier)
+        self._read_what_is_labelled()
         self._seed()
         if self.incremental:
             self._check_pseudo_labels()
@@ -195,6 +215,19 @@ class IncrementalTrainer(nnUNetTrainer):
             _set_random_state(self._resumed["random"])
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+
+    def _read_what_is_labelled(self) -> None:
+        """From the step file, which says it where not just the new classes are labelled in all cases."""
+        n_old, n_classes = self.block.n_old, self.block.n_classes
+        labelled = (read_step_file(Path(self.preprocessed_dataset_folder_base)) or {}).get("labelled", {})
+        for case, found in labelled.items():
+            if lacking := tuple(c for c in range(n_old, n_classes) if c not in found):
+                self._unlabelled[case] = lacking
+            if old := tuple(c for c in found if c < n_old):
+                self._relabelled[case] = old
+        if labelled:
+            lacking, old = len(self._unlabelled), len(self._relabelled)
+            self.print_to_log_file(f"{lacking} cases lack labels of new classes, {old} have labels of old ones.")
 
     def _check_pseudo_labels(self) -> None:
         chosen = self.block.settings["pseudo_labels"]
@@ -211,6 +244,14 @@ class IncrementalTrainer(nnUNetTrainer):
         self.teacher = load_teacher(folder, self.fold, block.teacher_checkpoint, self.device)
         plans = self.plans_manager.plans
         check_teacher(self.teacher, plans, self.dataset_json, self.configuration_name, block.old_classes)
+        sha256 = self.teacher.sha256
+        self._teacher_link = teacher_link(folder / f"fold_{self.fold}", block.teacher_checkpoint, sha256, block.chain)
+        begun_with = None if self._resumed is None else self._resumed.get("teacher")
+        if begun_with not in (None, sha256):
+            raise ValueError(
+                f"teacher: got a checkpoint of sha256 {sha256} in {folder}, expected {begun_with}, with which this "
+                f"training was begun. Put that one back, or remove {self.output_folder} to start anew."
+            )
         self._set_memory_format(self.teacher.network)
         student = unwrap(self.network)
         if self._resumed is None:
@@ -252,7 +293,7 @@ class IncrementalTrainer(nnUNetTrainer):
             chosen = np.random.default_rng([self.block.training.seed or 0, step]).permutation(len(cases))
             cases = sorted(cases[i] for i in chosen[: self.block.settings["replay_cases"]])
             dataset = nnunet_api.preprocessed_dataset(folder, cases)
-            cache = self._make_pseudo_labels(cases, dataset, f"kept cases of step {step}")
+            cache = self._make_pseudo_labels(cases, dataset, kept_cases_of(step))
             kept[f"step{step}"] = PseudoLabelDataset(dataset, cache)
             listing[f"step{step}"] = cases
             n_bytes += sum(path.stat().st_size for case in cases for path in nnunet_api.case_files(folder, case))
@@ -314,6 +355,7 @@ class IncrementalTrainer(nnUNetTrainer):
                 self.configuration_manager.patch_size,
                 self.label_manager.has_ignore_label,
                 self.print_to_log_file,
+                self._relabelled if kept is None else None,
             )
         if self.is_ddp:
             dist.barrier()
@@ -327,7 +369,8 @@ class IncrementalTrainer(nnUNetTrainer):
             for case in cases:
                 image, seg, _, _ = dataset.load_case(case)
                 labels = torch.from_numpy(np.asarray(seg[:]).astype(np.int64))[None]
-                histogram += entropy_histogram(labels, window.logits(image)[None])
+                logits = rule_out(window.logits(image)[None], [self._relabelled.get(case, ())])
+                histogram += entropy_histogram(labels, logits)
         if self.is_ddp:
             histograms = [None] * dist.get_world_size()
             dist.all_gather_object(histograms, histogram)
@@ -354,8 +397,12 @@ class IncrementalTrainer(nnUNetTrainer):
             self._remove_taps()
 
     def _imprint(self, training) -> None:
-        """Let the new rows of the head begin with what tells the new classes from background (``imprinting``)."""
-        cases = sorted(training.identifiers)[self.local_rank :: dist.get_world_size() if self.is_ddp else 1]
+        """Let the new rows of the head begin with what tells the new classes from background (``imprinting``).
+
+        Cases that lack a label take no part: their background would be counted with the class in it.
+        """
+        whole = [case for case in sorted(training.identifiers) if case not in self._unlabelled]
+        cases = whole[self.local_rank :: dist.get_world_size() if self.is_ddp else 1]
         with self._autocast():
             statistics = class_statistics(
                 self.teacher.network,
@@ -400,9 +447,15 @@ class IncrementalTrainer(nnUNetTrainer):
     def _believed(self) -> Rule:
         return by_confidence(self.block.settings["tau_old"], self.block.settings["tau_background"])
 
-    def _with_online_labels(self, target, teacher_logits: torch.Tensor):
+    @staticmethod
+    def _in_batch(by_case: dict[str, tuple[int, ...]], batch: dict) -> list[tuple[int, ...]]:
+        """What each sample of a batch has in ``by_case``; empty if no case has anything."""
+        return [by_case.get(str(case), ()) for case in batch["keys"]] if by_case else []
+
+    def _with_online_labels(self, target, teacher_logits: torch.Tensor, relabelled: Sequence[Sequence[int]] = ()):
         """y^ from the patch's own teacher prediction, at every resolution of the target."""
         full = target[0] if isinstance(target, list) else target
+        teacher_logits = rule_out(teacher_logits, relabelled)
         merged = merge_pseudo_labels(full, teacher_logits, self._believed(), ignore_id=self.block.n_classes)
         if not isinstance(target, list):
             return merged
@@ -410,8 +463,13 @@ class IncrementalTrainer(nnUNetTrainer):
         lower = [interpolate(as_float, size=t.shape[2:], mode="nearest-exact").to(full.dtype) for t in target[1:]]
         return [merged, *lower]
 
-    def _segmentation_loss(self, output, target) -> torch.Tensor:
-        """nnU-Net's loss at all resolutions, of what the objective makes of outputs and labels."""
+    def _segmentation_loss(self, output, target, unlabelled: Sequence[Sequence[int]] = ()) -> torch.Tensor:
+        """nnU-Net's loss at all resolutions, of what the objective makes of outputs and labels.
+
+        Args:
+            unlabelled: new classes that the labels lack, by sample; empty if they lack none.
+        """
+        output = _folded(output, unlabelled)
         if self.objective is None:
             return self.loss(output, target)
         weight = self.objective.segmentation_weight((target[0] if isinstance(target, list) else target)[:, 0])
@@ -432,17 +490,19 @@ class IncrementalTrainer(nnUNetTrainer):
             target = target.to(self.device, non_blocking=True)
         self.optimizer.zero_grad(set_to_none=True)
         distils = self.incremental and self.objective.uses_teacher
+        unlabelled = self._in_batch(self._unlabelled, batch)
         with self._autocast():
             teacher_logits = self._teacher_logits(data) if distils or self.online else None
             if self.online and self.objective.uses_pseudo_labels:
-                target = self._with_online_labels(target, teacher_logits)
+                target = self._with_online_labels(target, teacher_logits, self._in_batch(self._relabelled, batch))
             output = self.network(data)
-            terms = {"segmentation": self._segmentation_loss(output, target)}
+            terms = {"segmentation": self._segmentation_loss(output, target, unlabelled)}
         if distils:
+            labels = (target[0] if isinstance(target, list) else target)[:, 0].long()
             terms |= self.objective(
                 self._outputs("student", output[0] if isinstance(output, (list, tuple)) else output),
                 self._outputs("teacher", teacher_logits),
-                (target[0] if isinstance(target, list) else target)[:, 0].long(),
+                without_unsure_background(labels, unlabelled, self.block.n_classes),
             )
         if self.incremental:
             terms |= self.objective.parameter_terms(unwrap(self.network))
@@ -479,9 +539,22 @@ class IncrementalTrainer(nnUNetTrainer):
             batch = dict(batch)
             with self._autocast():
                 logits = self._teacher_logits(batch["data"].to(self.device, non_blocking=True)).cpu()
-            batch["target"] = self._with_online_labels(batch["target"], logits)
-        with self._ignoring_unsure_voxels(), self._autocast():
+            relabelled = self._in_batch(self._relabelled, batch)
+            batch["target"] = self._with_online_labels(batch["target"], logits, relabelled)
+        unlabelled = self._in_batch(self._unlabelled, batch)
+        with self._ignoring_unsure_voxels(), self._autocast(), self._folding(unlabelled):
             return super().validation_step(batch)
+
+    @contextmanager
+    def _folding(self, unlabelled: Sequence[Sequence[int]]) -> Iterator[None]:
+        """Let nnU-Net's validation see no prediction of a class in samples whose labels lack it."""
+        network = self.network
+        if any(unlabelled):
+            self.network = lambda data: _folded(network(data), unlabelled)
+        try:
+            yield
+        finally:
+            self.network = network
 
     def on_epoch_end(self):
         due = monotonic() - self._last_save >= 60 * self.block.training.checkpoint_minutes
@@ -501,6 +574,7 @@ class IncrementalTrainer(nnUNetTrainer):
             "objective": {} if self.objective is None else self.objective.state_dict(),
             "random": _random_state(),
             "seconds_training": self._seconds_training,
+            "teacher": None if self.teacher is None else self.teacher.sha256,
         }
         torch.save(checkpoint, partial)
         os.replace(partial, filename)
@@ -564,17 +638,24 @@ class IncrementalTrainer(nnUNetTrainer):
         self.print_to_log_file(f"Cost of this step: {cost}")
 
     def _store_prototypes(self) -> None:
-        """Global prototypes of the final model over the training cases, beside the checkpoint."""
+        """Global prototypes of the final model over the training cases, and the lineage, beside the checkpoint."""
         training, _ = nnUNetTrainer.get_tr_and_val_datasets(self)
         if self._cache is not None and self.objective_class.uses_pseudo_labels:
             training = PseudoLabelDataset(training, self._cache)
         self.set_deep_supervision_enabled(False)
         network = unwrap(self.network).eval()
-        sha256 = sha256_of(Path(self.output_folder, "checkpoint_final.pth")) if not self.disable_checkpointing else ""
+        sha256 = ""
+        if self.local_rank == 0 and not self.disable_checkpointing:
+            sha256 = sha256_of(Path(self.output_folder, "checkpoint_final.pth"))
         previous = None if self.teacher is None else self.teacher.prototypes
         store = self._extract(network, training, self.block.n_classes, sha256, previous)
         if self.local_rank == 0 and not self.disable_checkpointing:
-            store.save(Path(self.output_folder, PROTOTYPE_FILE))
+            folder, labels = Path(self.output_folder), Path(self.preprocessed_dataset_folder_base, "gt_segmentations")
+            unnamed = folder / f".{PROTOTYPE_FILE}"  # gets its name last: with it, a training counts as ended
+            store.save(unnamed)
+            known = {"checkpoint_final.pth": sha256, PROTOTYPE_FILE: sha256_of(unnamed)}
+            write_lineage(folder, type(self).__name__, labels, self._teacher_link, known)
+            os.replace(unnamed, folder / PROTOTYPE_FILE)
             self.print_to_log_file(f"Prototypes of {list(store.class_names)} stored, tau {store.tau:.4f}")
 
     def _extract(
@@ -588,7 +669,8 @@ class IncrementalTrainer(nnUNetTrainer):
             accumulator, shift, counts = accumulate_prototypes(
                 network,
                 path,
-                (dataset.load_case(case)[:2] for case in cases),
+                network.decoder.seg_layers[-1].in_channels,
+                (self._image_and_sure_labels(dataset, case) for case in cases),
                 self.configuration_manager.patch_size,
                 n_classes,
                 self.device,
@@ -597,8 +679,23 @@ class IncrementalTrainer(nnUNetTrainer):
         accumulator.reduce()
         store = accumulator.finish(names, self.block.step, sha256, path, previous)
         if transporting:
-            store = transported(store, previous, shift, counts)
+            store = transported(store, previous, reduced(shift), reduced(counts))
         return store
+
+    def _image_and_sure_labels(self, dataset, case: str) -> tuple[Any, Any]:
+        """Image and y^ of a case; background that may be an unlabelled class is ignored unless all cases lack one."""
+        image, labels = dataset.load_case(case)[:2]
+        if case in self._unlabelled and not self._unlabelled.keys() >= set(dataset.identifiers):
+            labels = np.asarray(labels[:])
+            labels = np.where(labels == 0, self.block.n_classes, labels)
+        return image, labels
+
+
+def _folded(output, unlabelled: Sequence[Sequence[int]]):
+    """Logits, or the list of them that deep supervision gives, with unlabelled classes folded into background."""
+    if isinstance(output, (list, tuple)):
+        return [fold_unlabelled(logits, unlabelled) for logits in output]
+    return fold_unlabelled(output, unlabelled)
 
 
 def _random_state() -> dict:

@@ -18,7 +18,15 @@ from PIL import Image
 from nnunet_cil import dataset, nnunet_api
 from nnunet_cil.block import BLOCK_KEY, StepBlock
 from nnunet_cil.chain import JOINT, Chain, write_json
-from nnunet_cil.dataset import check_sources, disjoint_parts, joint_cases, prepare_chain, step_cases, write_test_set
+from nnunet_cil.dataset import (
+    check_sources,
+    disjoint_parts,
+    joint_cases,
+    prepare_chain,
+    step_cases,
+    tell_of_labels,
+    write_test_set,
+)
 from nnunet_cil.schedule import Schedule, load_schedule
 from nnunet_cil.step_files import STEP_FILE, check_step_files, read_step_file
 from tests.conftest import write_schedule, write_tiny_dataset
@@ -248,6 +256,115 @@ def test_joint_of_own_datasets_with_maps_has_all_cases_under_names_of_their_own(
     assert names_of(cases) == ["case_0", "case_1", "step2_case_0", "step2_case_1"]
     assert [case.label.parent.parent.name for case in cases] == ["one", "one", "two", "two"]
     assert {str(dict(case.table)) for case in cases} == {"{0: 0, 1: 1, 2: 2}"}
+
+
+def lacking(text: str, path: Path) -> str:
+    path.write_text("case,class\n" + text)
+    return f"unlabelled: {path}"
+
+
+def test_what_a_case_lacks_becomes_background_in_it_and_is_not_among_its_labels(source, tmp_path):
+    extra = lacking("case_0,ball\ncase_1,2\ncase_3,blob\n", tmp_path / "a.csv")
+    schedule = cut(source, tmp_path, extra=extra)
+    first, second = (step_cases(schedule, step) for step in (1, 2))
+    assert [case.labelled for case in first] == [(), (1,), (1,)]
+    assert [case.labelled for case in second] == [(2,), (), (2,)]
+    assert (first[0].table, first[1].table) == ({0: 0, 1: 0, 2: 0}, {0: 0, 1: 1, 2: 0})
+    assert second[1].table == {0: 0, 1: 0, 2: 0}
+    assert [(case.table, case.labelled) for case in joint_cases(schedule)] == [
+        ({0: 0, 1: 0, 2: 2}, (2,)),
+        ({0: 0, 1: 1, 2: 0}, (1,)),
+        ({0: 0, 1: 1, 2: 2}, (1, 2)),
+    ]
+    (number, tested), *_ = dataset.test_cases(schedule).values()
+    assert (number, tested.table, tested.labelled) == (0, {0: 0, 1: 1, 2: 0}, (1,))
+
+
+def relabelling(root: Path, unlabelled: str = "", ignore: bool = False) -> Schedule:
+    """Two datasets, of which the second labels the first one's class too."""
+    write_tiny_dataset(root / "one", n_cases=2)
+    write_tiny_dataset(root / "two", n_cases=3, seed=1, ignore=ignore)
+    (root / "two" / "unlabelled.csv").write_text("case,class\n" + unlabelled)
+    first, both = {"ball": "lump"}, {"ball": "lump", "blob": "blob"}
+    steps = [{"dataset": name, "classes": of, "joint": both} for name, of in (("one", first), ("two", both))]
+    write_json(root / "own.yaml", {"name": "own", "device": "cpu", "steps": steps})
+    return load_schedule(root / "own.yaml")
+
+
+def test_old_classes_that_new_data_label_are_kept_but_where_a_case_lacks_them(tmp_path):
+    schedule = relabelling(tmp_path, "case_1,ball\ncase_2,blob\n")
+    assert [step.classes for step in schedule.steps] == [("lump",), ("blob",)]
+    cases = step_cases(schedule, 2)
+    assert [case.labelled for case in cases] == [(1, 2), (2,), (1,)]
+    assert [case.table for case in cases] == [{0: 0, 1: 1, 2: 2}, {0: 0, 1: 0, 2: 2}, {0: 0, 1: 1, 2: 0}]
+    assert {case.name: case.labelled for case in joint_cases(schedule)} == {
+        "case_0": (1, 2),
+        "case_1": (1, 2),
+        "step2_case_0": (1, 2),
+        "step2_case_1": (2,),
+        "case_2": (1,),
+    }
+
+
+def test_an_ignore_label_of_one_dataset_alone_is_the_last_of_its_step_and_of_joint(nnunet_folders, tmp_path):
+    schedule = relabelling(tmp_path, ignore=True)
+    assert step_cases(schedule, 1)[0].table == {0: 0, 1: 1, 2: 0}
+    second = step_cases(schedule, 2)[0]
+    assert (second.table, second.labelled) == ({0: 0, 1: 1, 2: 2, 3: 3}, (1, 2))
+    chain = Chain.open(schedule)
+    prepare_chain(chain, [chain.variant("pgcd", 0), chain.variant(JOINT, 0)])
+    for step, labels in ((1, {}), (2, {"blob": 2, "ignore": 3}), (JOINT, {"blob": 2, "ignore": 3})):
+        assert read_json(chain.raw(step) / "dataset.json")["labels"] == {"background": 0, "lump": 1, **labels}
+    assert 3 in voxels(chain.raw(JOINT) / "labelsTr" / "step2_case_0.nii.gz")
+
+
+def test_the_step_file_says_what_is_labelled_where_it_is_not_the_new_classes_alone(nnunet_folders, tmp_path, caplog):
+    schedule = relabelling(tmp_path, "case_1,ball\n")
+    chain = Chain.open(schedule)
+    with caplog.at_level("INFO"):
+        prepare_chain(chain, [chain.variant("pgcd", 0)])
+    assert "labelled" not in read_step_file(chain.preprocessed(1))
+    expected = {"case_0": [1, 2], "case_1": [2], "case_2": [1, 2]}
+    assert read_step_file(chain.preprocessed(2))["labelled"] == expected
+    assert 1 not in voxels(chain.raw(2) / "labelsTr" / "case_1.nii.gz")
+    assert "steps[1]: labels of classes learned before are used: lump" in caplog.text
+    assert (
+        "steps[1]: unlabelled: 1 cases have voxels of 'lump', which they are declared not to label: case_1."
+        in caplog.text
+    )
+    (tmp_path / "two" / "unlabelled.csv").write_text("case,class\ncase_0,ball\n")
+    with pytest.raises(ValueError, match=r"got another schedule.*\n.*1 cases, sha256 .*1 cases, sha256 "):
+        Chain.open(load_schedule(schedule.file))
+
+
+def test_a_class_that_only_some_cases_lack_without_being_declared_is_warned_of(tmp_path, caplog):
+    folder = write_tiny_dataset(tmp_path / "source", n_cases=6)
+
+    def warnings(**changes) -> str:
+        schedule = load_schedule(write_schedule(tmp_path / "schedule.yaml", folder, **changes))
+        cases = {step: step_cases(schedule, step) for step in (1, 2)}
+        caplog.clear()
+        tell_of_labels(schedule, cases, check_sources(schedule, cases))
+        return caplog.text
+
+    assert warnings() == ""
+    for case in (0, 3):
+        rewrite(folder / "labelsTr" / f"case_{case}.nii.gz", lambda array: array * (array != 2))
+    found = warnings()
+    assert "steps[1]: 2 of 5 cases have no voxel of 'blob': case_0, case_3. Where" in found
+    assert "`unlabelled`" in found
+    assert "steps[0]" not in found
+    assert warnings(extra=lacking("case_0,blob\ncase_3,blob\n", tmp_path / "a.csv")) == ""
+    rewrite(folder / "labelsTr" / "case_1.nii.gz", lambda array: array * (array != 2))
+    assert warnings() == "", "most cases lack it: it is a rare organ"
+
+
+def test_an_old_class_without_any_voxel_is_refused(tmp_path):
+    schedule = relabelling(tmp_path)
+    for path in (tmp_path / "two" / "labelsTr").iterdir():
+        rewrite(path, lambda array: array * (array != 1))
+    with pytest.raises(ValueError, match=r"steps\[1\]: got no voxel of 'lump' in the labels of its 3 cases"):
+        check(schedule)
 
 
 # a prepared chain
@@ -497,6 +614,16 @@ def test_changed_test_set_is_written_anew(source, nnunet_folders, tmp_path):
     chain = Chain.open(cut(source, tmp_path, test="test: [case_2]"))
     write_test_set(chain)
     assert list(read_json(chain.folder / "test" / "test.json")["cases"]) == ["case_2"]
+
+
+def test_test_set_is_written_anew_if_a_subject_turns_out_to_lack_a_label(source, nnunet_folders, tmp_path):
+    for text, labelled in (("", [1, 2]), ("case_2,ball\n", [2])):
+        lacking(text, tmp_path / "a.csv")
+        test = f"test: [{{dataset: {source}, subjects: [case_2], unlabelled: {tmp_path}/a.csv}}]"
+        chain = Chain.open(cut(source, tmp_path, test=test))
+        write_test_set(chain)
+        assert read_json(chain.folder / "test" / "test.json")["cases"]["case_2"]["labelled"] == labelled
+        assert np.isin([1, 2], voxels(chain.folder / "test" / "labels" / "case_2.nii.gz")).sum() == len(labelled)
 
 
 def test_test_set_follows_a_changed_split_file(source, nnunet_folders, tmp_path):

@@ -74,7 +74,7 @@ def defaults_of(cls: type) -> dict[str, Any]:
 def top_level_defaults() -> dict[str, Any]:
     known = defaults_of(Schedule)
     (fold,) = known["folds"]
-    mappings = dict.fromkeys(("plans", "training", "method", "variants"))
+    mappings = dict.fromkeys(("plans", "training", "method", "variants", "unlabelled"))
     known |= {"fold": fold, "test": known["test"] or None, "intensity": Intensity().mode, **mappings}
     return {key: known[key] for key in KEYS}
 
@@ -83,13 +83,16 @@ GIVEN = dict.fromkeys(INTENSITY_KEYS, 1)
 OWN_STEP = {"dataset": 1, "classes": ["liver"]}
 OWN = {"source": None, "steps": [OWN_STEP]}
 EXPECTED = {  # what follows "got an unknown key" is checked against a schedule with the key "no_key" in this place
-    "step": ({"dataset": MISSING, "classes": MISSING, "joint": None}, {**OWN, "steps": [{**OWN_STEP, "no_key": 0}]}),
+    "step": (
+        {"dataset": MISSING, "classes": MISSING, "joint": None, "unlabelled": None},
+        {**OWN, "steps": [{**OWN_STEP, "no_key": 0}]},
+    ),
     "test set": (
-        {"dataset": MISSING, "subjects": None, "classes": None},
+        {"dataset": MISSING, "subjects": None, "classes": None, "unlabelled": None},
         {"test": {"dataset": 1, "no_key": 0}},
     ),
     "folder pair": (
-        {"images": MISSING, "labels": MISSING, "classes": None},
+        {"images": MISSING, "labels": MISSING, "classes": None, "unlabelled": None},
         {"test": {"images": "test_images", "labels": "test_labels", "no_key": 0}},
     ),
     "top level": (top_level_defaults(), {"no_key": 0}),
@@ -121,6 +124,8 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("page")
     (split,) = blocks("json")
     (folder / "split.json").write_text(split)
+    (unlabelled,) = blocks("csv")
+    (folder / "unlabelled.csv").write_text(unlabelled)
     named = [name for names in json.loads(split).values() for name in names]
     for dataset, labels in RAW.items():
         for part, ending in (("imagesTr", "_0000.nii.gz"), ("labelsTr", ".nii.gz")):

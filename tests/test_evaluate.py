@@ -150,6 +150,7 @@ def test_absent_scores_are_counted_by_kind_step_and_class(chain):
         "both_empty": [[1, None], [0, 0]],
         "missed": [[0, None], [2, 0]],
         "invented": [[0, None], [0, 1]],
+        "unlabelled": [[0, None], [1, 0]],
     }
     assert run["n_subjects"] == [[2, None], [2, 3]]
     assert run["hd95_mm"] == [[pytest.approx(1.0), None], [None, pytest.approx(2.0)]]

@@ -49,7 +49,7 @@ def test_archive_and_folder_hold_the_same_and_nothing_of_people_or_machines(chai
     names = {name.removeprefix(model) for name in contents}
     assert names == {
         "plans.json", "dataset.json", "dataset_fingerprint.json", CARD_FILE,
-        "fold_all/checkpoint_final.pth", "fold_all/prototypes.npz",
+        "fold_all/checkpoint_final.pth", "fold_all/prototypes.npz", "fold_all/lineage.json",
     }  # fmt: skip
     checkpoint = torch.load(folder / model / "fold_all/checkpoint_final.pth", weights_only=False)
     assert set(checkpoint) == {"network_weights", "inference_allowed_mirroring_axes", "trainer_name", "init_args"}
@@ -121,7 +121,7 @@ def test_nothing_is_overwritten_and_what_is_not_trained_is_refused(chain, archiv
         ("text", "got no zip"),
         ("empty", "got no model_card.json"),
         ("two", "got 2 cards"),
-        ("huge", "expected one small one"),
+        ("huge", "expected a small one"),
         ("list", "with list, expected a JSON object"),
         ("broken", "no JSON"),
     ],

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from nnunet_cil.chain import Chain
+from nnunet_cil.chain import Chain, write_json
 from nnunet_cil.cli.main import main
 from nnunet_cil.dataset import prepare_chain
 from nnunet_cil.driver import prepare, run, variants_of, write_report
@@ -169,7 +169,7 @@ def move_away(root: Path, monkeypatch) -> None:
         monkeypatch.setenv(name, str(root / name))
 
 
-def test_a_zip_is_extended_on_another_machine_and_the_result_again(first, tmp_path, monkeypatch):
+def test_a_zip_is_extended_on_another_machine_and_the_result_again(first, tmp_path, monkeypatch, capsys):
     move_away(tmp_path, monkeypatch)
     archive = shutil.copy(first.folder / "given.zip", tmp_path)
     schedule = load_schedule(write_extension(tmp_path, Path(archive)))
@@ -209,14 +209,19 @@ def test_a_zip_is_extended_on_another_machine_and_the_result_again(first, tmp_pa
         last.model_folder(last.variant("pgcd", 0), 2) / "fold_all" / "checkpoint_final.pth", weights_only=False
     )["network_weights"]
     assert weights["decoder.seg_layers.0.weight"].shape[0] == 4
+    given_again = export_model(last, last.variant("pgcd", 0), 1, ["all"], tmp_path / "given_again", None)
+    for target in (chain.folder, last.folder, given_again):
+        assert main(["verify", str(target)]) == 0
+    assert capsys.readouterr().out.count("given, made in another chain") == 2
 
 
-def test_a_model_without_prototypes_or_of_stock_nnunet_is_extended(first, tmp_path, monkeypatch):
+def test_a_model_without_prototypes_or_of_stock_nnunet_is_extended(first, tmp_path, monkeypatch, capsys):
     """Prototypes come from the teacher's confident predictions on the new scans."""
     move_away(tmp_path, monkeypatch)
     folder = next((first.folder / "given").rglob(MODEL))
     stock = shutil.copytree(folder, tmp_path / MODEL)
-    (stock / "fold_all" / "prototypes.npz").unlink()
+    for name in ("prototypes.npz", "lineage.json"):
+        (stock / "fold_all" / name).unlink()
     (stock / "fold_all").rename(stock / "fold_0")
     plans = json.loads((stock / "plans.json").read_text(encoding="utf-8"))
     plans.pop("cil")
@@ -226,6 +231,12 @@ def test_a_model_without_prototypes_or_of_stock_nnunet_is_extended(first, tmp_pa
     chain = Chain.open(schedule)
     log = next(chain.model_folder(chain.variant("pgcd", 0), 2).rglob("training_log_*.txt")).read_text(encoding="utf-8")
     assert "taking its confident predictions" in log
+    assert main(["verify", str(chain.folder)]) == 0
+    assert f"Dataset500_extended_step1/{MODEL}/fold_all: given, without a lineage" in capsys.readouterr().out
+    path = chain.model_folder(chain.variant("pgcd", 0), 1) / "plans.json"
+    write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "dataset_name": "exchanged"})
+    assert main(["verify", str(chain.folder)]) == 1
+    assert f"{path}: got sha256" in capsys.readouterr().err
 
 
 def test_data_of_another_kind_and_classes_it_has_are_refused(first, tmp_path, monkeypatch):

@@ -11,10 +11,10 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"labels", "schedule", "metrics", "losses", "prototypes", "features", "parallel", "surface_scores", "given_model"},
     {"nnunet_api", "environment", "phantom", "convert", "step_files", "logging_terms", "precision"},
-    {"teacher", "block", "plan_override", "intensity", "extraction", "pseudo_labels", "imprinting"},
+    {"teacher", "block", "lineage", "plan_override", "intensity", "extraction", "pseudo_labels", "imprinting"},
     {"objectives", "chain"},
     {"trainer", "dataset"},
-    {"driver", "evaluate", "report", "export"},
+    {"driver", "evaluate", "report", "export", "audit"},
     {"cli", "trainers"},
 )
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}

@@ -5,7 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nnunet_cil.labels import apply_remap, check_regions, cumulative_labels, remap_table
+from nnunet_cil.labels import (
+    apply_remap,
+    check_regions,
+    cumulative_labels,
+    read_unlabelled,
+    remap_table,
+    without_classes,
+)
 
 STEPS = (("liver", "spleen"), ("right_kidney",), ("left_kidney",))
 
@@ -45,6 +52,42 @@ def test_class_of_another_step_becomes_background():
 def test_ignore_goes_to_ignore_where_there_is_one(target, expected):
     own = {"background": 0, "liver": 1, "ignore": 5}
     assert remap_table(own, {"liver": "liver"}, {"background": 0, **target})[5] == expected
+
+
+def test_a_class_is_gone_as_soon_as_one_of_its_labels_is_missing():
+    table = {0: 0, 4: 2, 2: 2, 7: 3, 9: 0}
+    assert without_classes(table, ()) == table
+    assert without_classes(table, [4]) == {0: 0, 4: 0, 2: 0, 7: 3, 9: 0}
+    assert without_classes(table, [9]) == table, "a label that is dropped anyway"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", "case,class\ncase_1,liver\ncase_2,3\ncase_1,spleen\ncase_1,liver\n"),
+        ("a.csv", "\ufeffnote,class,case\r\nx, liver,case_1 \r\n,3,case_2\r\n,spleen,case_1\r\n"),
+        ("a.json", '{"case_1": ["liver", "spleen"], "case_2": [3]}'),
+    ],
+)
+def test_unlabelled_is_read_from_csv_and_json(tmp_path, name, text):
+    (tmp_path / name).write_text(text, encoding="utf-8", newline="")
+    assert read_unlabelled(tmp_path / name) == {"case_1": ("liver", "spleen"), "case_2": ("3",)}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.csv", "case,organ\na,b\n", r"columns \['case', 'organ'\]"),
+        ("a.csv", "", "columns None"),
+        ("a.json", "[]", "no object of lists"),
+        ("a.json", '{"case_1": "liver"}', "no object of lists"),
+        ("a.json", "{", "Expecting"),
+    ],
+)
+def test_what_says_nothing_of_labels_is_refused(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        read_unlabelled(tmp_path / name)
 
 
 def test_remap_keeps_shape_and_takes_the_smallest_type():

@@ -64,7 +64,7 @@ def test_training_transforms_are_static():
         (nnUNetTrainer.get_dataloaders, ["self.get_tr_and_val_datasets()", "self.get_training_transforms("]),
         (nnUNetTrainer.on_epoch_end, ["self.save_every", "self.logger.plot_progress_png(", "checkpoint_latest.pth"]),
         (nnUNetTrainer._build_loss, ["self.label_manager.ignore_label"]),
-        (nnUNetTrainer.validation_step, ["self.label_manager.has_ignore_label"]),
+        (nnUNetTrainer.validation_step, ["self.label_manager.has_ignore_label", "output = self.network(data)"]),
         (nnUNetTrainer.perform_actual_validation, ["self.do_split()", "'validation'"]),
     ],
 )
@@ -75,7 +75,12 @@ def test_hooks_are_called_where_we_expect_them(method, needles):
 
 def test_data_loader_reads_cases_and_locations_as_we_offer_them():
     source = inspect.getsource(nnUNetDataLoader)
-    for needle in ("self._data.load_case(", "data.identifiers", "properties['class_locations']"):
+    for needle in (
+        "self._data.load_case(",
+        "data.identifiers",
+        "properties['class_locations']",
+        "'keys': selected_keys",
+    ):
         assert needle in source
 
 

@@ -71,3 +71,42 @@ def test_stages_that_cannot_be_are_refused(features):
 def test_wrong_number_of_axes():
     with pytest.raises(ValueError, match="expected 3 entries"):
         override(patch_size=(32, 32))
+
+
+CHANGES = {"patch_size": (32, 96, 96), "features_per_stage": (8, 16, 32, 64, 64), "batch_size": 4}
+
+
+def test_plans_of_the_older_format_give_the_same_network():
+    settings = copy.deepcopy(PLANS["configurations"]["3d_fullres"])
+    arguments = settings.pop("architecture")["arch_kwargs"]
+    settings |= {
+        "UNet_class_name": "PlainConvUNet",
+        "UNet_base_num_features": 32,
+        "unet_max_num_features": 320,
+        "n_conv_per_stage_encoder": arguments["n_conv_per_stage"],
+        "n_conv_per_stage_decoder": arguments["n_conv_per_stage_decoder"],
+        "num_pool_per_axis": [4, 5, 5],
+        "pool_op_kernel_sizes": arguments["strides"],
+        "conv_kernel_sizes": arguments["kernel_sizes"],
+    }
+    plans = {"configurations": {"3d_fullres": settings}}
+    assert apply_override(plans, "3d_fullres", PlanOverride()) == plans
+    found = apply_override(plans, "3d_fullres", PlanOverride(**CHANGES))["configurations"]["3d_fullres"]
+    expected = override(**CHANGES)
+    assert "UNet_class_name" not in found
+    assert {key: value for key, value in found.items() if key != "architecture"} == {
+        key: value for key, value in expected.items() if key != "architecture"
+    }
+    arguments = found["architecture"]["arch_kwargs"]
+    assert {key: arguments[key] for key in expected["architecture"]["arch_kwargs"]} == (
+        expected["architecture"]["arch_kwargs"]
+    )
+
+
+def test_a_configuration_that_inherits_is_changed_by_itself():
+    plans = copy.deepcopy(PLANS)
+    plans["configurations"]["mine"] = {"inherits_from": "3d_fullres", "batch_size": 7}
+    changed = apply_override(plans, "mine", PlanOverride(spacing=(7.7, 5.0, 5.0)))["configurations"]
+    assert changed["3d_fullres"] == PLANS["configurations"]["3d_fullres"]
+    assert changed["mine"]["batch_size"] == 7
+    assert changed["mine"]["median_image_size_in_voxels"] == [36, 64, 64]

@@ -18,6 +18,7 @@ from nnunet_cil.pseudo_labels import (
     merge_pseudo_labels,
     normalised_entropy,
     only_organs,
+    rule_out,
 )
 
 KEY = {"n_classes": 3, "tau_old": 0.6, "tau_background": 0.8, "teacher": "abc"}
@@ -50,6 +51,19 @@ def test_labels_of_the_step_and_outside_are_never_overruled():
     labels = torch.tensor([-1, 2, 3]).reshape(1, 1, 1, 1, 3)
     merged = merge_pseudo_labels(labels, logits_of([[0.0001, 0.9999]] * 3), by_confidence(0.5, 0.5), ignore_id=3)
     assert torch.equal(merged, labels)
+
+
+def test_what_is_known_not_to_be_there_is_ruled_out_and_the_rest_is_what_remains():
+    logits = (
+        torch.log(torch.tensor([[0.09, 0.9, 0.01], [0.2, 0.1, 0.7]])).T.reshape(1, 3, 1, 1, 2).repeat(2, 1, 1, 1, 1)
+    )
+    assert rule_out(logits, []) is logits
+    assert rule_out(logits, [(), ()]) is logits
+    found = torch.softmax(rule_out(logits, [(1,), ()]), 1)
+    torch.testing.assert_close(found[0, :, 0, 0], torch.tensor([[0.9, 0.2 / 0.9], [0.0, 0.0], [0.1, 0.7 / 0.9]]))
+    torch.testing.assert_close(found[1], torch.softmax(logits[1], 0))
+    merged = merge_pseudo_labels(torch.zeros(2, 1, 1, 1, 2).long(), rule_out(logits, [(1,), ()]), BELIEVED, ignore_id=4)
+    assert merged.flatten().tolist() == [0, 2, 1, 2], "background, or another old organ if the teacher says so"
 
 
 def test_only_organs_never_takes_background_over():
@@ -146,6 +160,19 @@ def test_cache_is_made_once_a_label_file_teacher_and_setting(tmp_path, dataset):
     assert PseudoLabelCache(tmp_path, KEY | {"tau_old": 0.7}).fill(dataset, ["a"], teacher, **fill) == 1
     dataset.cases["a"][1][0, 0, 0, 0] = 0
     assert PseudoLabelCache(tmp_path, KEY).fill(dataset, ["a"], teacher, **fill) == 1
+
+
+def test_cache_rules_out_what_a_case_labels_itself_and_is_made_anew_if_that_changes(tmp_path, dataset):
+    fill = {"accepts": BELIEVED, "patch_size": (4, 4, 4), "with_annotated": False}
+    dataset.cases["a"][1][0, 2] = 1  # an old organ, labelled
+    cache = PseudoLabelCache(tmp_path, KEY)
+    assert cache.fill(dataset, ["a", "b.c"], teacher, ruled_out={"a": (1,)}, **fill) == 2
+    whole, known = (np.asarray(cache.load(case)[0][:])[0] for case in ("b.c", "a"))
+    assert (whole[2:4] == 1).all()
+    assert (known[2] == 1).all(), "its own label"
+    assert (known[3:] == 0).all(), "where the teacher says organ, or does not know"
+    assert cache.fill(dataset, ["a", "b.c"], teacher, ruled_out={"a": (1,)}, **fill) == 0
+    assert cache.fill(dataset, ["a", "b.c"], teacher, **fill) == 1
 
 
 def test_interrupted_case_is_made_again(tmp_path, dataset):

@@ -209,6 +209,86 @@ def test_several_test_sets_with_maps(raw, tmp_path):
     assert (second.subjects, second.class_map) == (None, {"hepar": "liver"})
 
 
+OLD_TOO = {
+    "name": "real",
+    "steps": [{"dataset": 1, "classes": ["liver"]}, {"dataset": 1, "classes": ["liver", "spleen"]}],
+}
+LACKING = "case,class\ns1,liver\ns2,3\ns1,spleen\n"
+LACKED = {"s1": ("liver", "spleen"), "s2": ("right_kidney",)}
+
+
+def test_labels_of_old_classes_may_be_named_beside_new_ones(raw, tmp_path):
+    first, second = load(tmp_path, OLD_TOO).steps
+    assert (first.classes, first.old_classes) == (("liver",), ())
+    assert (second.classes, second.old_classes) == (("spleen",), ("liver",))
+    assert load(tmp_path, OLD_TOO).classes == ("liver", "spleen")
+    joined = {**OLD_TOO, "steps": [{**step, "joint": ["liver", "spleen"]} for step in OLD_TOO["steps"]]}
+    assert load(tmp_path, joined).has_joint
+
+
+@pytest.mark.parametrize("place", ["beside the schedule", "in the dataset", "by the agreed name", "as json"])
+def test_cases_may_lack_labels(raw, tmp_path, place):
+    key = {"unlabelled": "lacking.csv"}
+    if place == "beside the schedule":
+        (tmp_path / "lacking.csv").write_text(LACKING)
+    elif place == "in the dataset":
+        (raw / "Dataset001_Organs" / "lacking.csv").write_text(LACKING)
+    elif place == "by the agreed name":
+        (raw / "Dataset001_Organs" / "unlabelled.csv").write_text(LACKING)
+        key = {}
+    else:
+        (raw / "Dataset001_Organs" / "unlabelled.json").write_text(json.dumps(LACKED))
+        key = {}
+    schedule = load(tmp_path, {**BASE, **key, "test": ["s2"]})
+    assert schedule.unlabelled == schedule.test[0].unlabelled == LACKED
+    step = {**OWN["steps"][0], **key}
+    own = load(tmp_path, {**OWN, "steps": [step], "test": {"dataset": 1, "subjects": ["s1"]}})
+    assert own.unlabelled == {}
+    assert own.steps[0].unlabelled == own.test[0].unlabelled == LACKED, "a declaration holds for the test subjects too"
+
+
+def test_a_test_set_may_declare_what_it_lacks(raw, tmp_path):
+    (tmp_path / "lacking.csv").write_text(LACKING)
+    write_raw(raw / "Dataset002_Other", ORGANS, test_subjects=("s1",))
+    test = load(tmp_path, {**BASE, "test": {"dataset": 2, "unlabelled": "lacking.csv"}}).test[0]
+    assert (test.unlabelled, test.images.name) == (LACKED, "imagesTs")
+    pair = {"images": "raw/Dataset002_Other/imagesTr", "labels": "raw/Dataset002_Other/labelsTr"}
+    assert load(tmp_path, {**BASE, "test": {**pair, "unlabelled": "lacking.csv"}}).test[0].unlabelled == LACKED
+    assert load(tmp_path, {**BASE, "test": pair}).test[0].unlabelled == {}
+
+
+def test_cases_of_a_dataset_that_lists_its_files_may_lack_labels(raw, tmp_path):
+    files = {f"c{number}": {"images": ["a.nii.gz"], "label": "b.nii.gz"} for number in range(2)}
+    (raw / "Dataset003_Listed").mkdir()
+    write_raw(raw / "Dataset003_Listed", subjects=(), dataset=files)
+    (tmp_path / "lacking.json").write_text('{"c1": ["liver"]}')
+    assert load(tmp_path, {**BASE, "source": 3, "unlabelled": "lacking.json"}).unlabelled == {"c1": ("liver",)}
+
+
+def test_what_is_unlabelled_is_compared_by_its_content(raw, tmp_path):
+    found = []
+    for text in (LACKING, "case,class\ns2,right_kidney\ns1,spleen\ns1,liver\n", "case,class\ns1,liver\n"):
+        (tmp_path / "lacking.csv").write_text(text)
+        steps = [{**OWN["steps"][0], "unlabelled": "lacking.csv"}]
+        found.append(
+            (
+                load(tmp_path, {**BASE, "unlabelled": "lacking.csv"}).to_dict()["unlabelled"],
+                load(tmp_path, {**OWN, "steps": steps}).to_dict()["steps"][0]["unlabelled"],
+            )
+        )
+    assert found[0] == found[1] != found[2]
+    assert found[0][0].startswith("2 cases")
+    assert "unlabelled" not in load(tmp_path, BASE).to_dict(), "as before there was the key"
+
+
+def test_problems_of_what_is_unlabelled_are_told_at_once(raw, tmp_path):
+    (tmp_path / "lacking.csv").write_text("case,class\ns9,liver\ns1,lung\ns8,background\n")
+    lines = problems(tmp_path, {**BASE, "unlabelled": "lacking.csv"})
+    assert len(lines) == 2
+    assert "unlabelled: got 2 cases that do not exist: ['s8', 's9']" in lines[0]
+    assert "unlabelled: got unknown labels ['background', 'lung']" in lines[1]
+
+
 def without(key: str) -> dict:
     return {k: v for k, v in BASE.items() if k != key}
 
@@ -330,6 +410,25 @@ BAD = {
     "ignore": (
         {**OWN, "steps": [{"dataset": 1, "classes": {"liver": "ignore"}}]},
         r"steps\[0\]: got 'ignore', expected a class",
+    ),
+    "old classes only": (
+        {"name": "real", "steps": [{"dataset": 1, "classes": ["liver"]}, {"dataset": 1, "classes": ["liver"]}]},
+        r"steps\[1\]: got class 'liver' that steps\[0\] has already, expected at least one new class",
+    ),
+    "unlabelled nowhere": ({**BASE, "unlabelled": "no.csv"}, "unlabelled: got no file .*no.csv"),
+    "unlabelled no file": ({**BASE, "unlabelled": ["liver"]}, r"unlabelled: got \['liver'\], expected a path"),
+    "unlabelled of another kind": (
+        {**BASE, "unlabelled": "schedule.yaml"},
+        "unlabelled: got .*columns.*a CSV with the",
+    ),
+    "unlabelled without source": ({**OWN, "unlabelled": "no.csv"}, "unlabelled: got the key without a source"),
+    "unlabelled of a step": (
+        {**OWN, "steps": [{**OWN["steps"][0], "unlabelled": "no.csv"}]},
+        r"steps\[0\]: unlabelled: got no file .*no.csv",
+    ),
+    "unlabelled of a folder pair": (
+        {**BASE, "test": {"images": "raw", "labels": "raw", "unlabelled": 3}},
+        "test: unlabelled: got 3, expected a path",
     ),
     "all dropped": (
         {**OWN, "steps": [{"dataset": 1, "classes": {"liver": None}}]},
@@ -540,11 +639,11 @@ def test_variants_change_what_they_name(tmp_path, raw):
     assert schedule.method["lambda_pgcd"] == 2
 
 
-def test_every_ablation_changes_one_known_setting():
+def test_every_ablation_changes_known_settings_and_no_two_are_the_same():
     for name, changes in ABLATIONS.items():
-        assert len(changes) == 1, name
-        ((key, value),) = changes.items()
-        assert METHOD_DEFAULTS[key] != value
+        assert changes, name
+        assert all(METHOD_DEFAULTS[key] != value for key, value in changes.items()), name
+    assert len({tuple(sorted(changes.items())) for changes in ABLATIONS.values()}) == len(ABLATIONS)
 
 
 def test_joint_needs_a_source_or_a_map_in_every_step(raw, tmp_path):

@@ -18,6 +18,7 @@ from nnunet_cil.environment import trainer_path_variable
 from nnunet_cil.losses.distillation import fold_logits
 from nnunet_cil.prototypes import PrototypeStore
 from nnunet_cil.schedule import load_schedule
+from nnunet_cil.teacher import grow_head
 from nnunet_cil.trainer import unwrap
 from tests.conftest import write_schedule, write_tiny_dataset
 
@@ -121,7 +122,9 @@ def test_step_1_train_step_is_nnunets_own(trained):
         assert torch.equal(ours, theirs)
 
 
-def test_fresh_student_folds_to_its_teacher(started):
+def test_a_student_with_background_rows_folds_to_its_teacher(started):
+    grown = grow_head(started.teacher.weights, started.network.state_dict(), 2)
+    started.network.load_state_dict(grown)
     x = torch.randn(1, 1, 16, 16, 16)
     started.set_deep_supervision_enabled(False)
     with torch.no_grad():

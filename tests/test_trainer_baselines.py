@@ -27,7 +27,6 @@ VARIANTS = {
     "ewf_1": "{trainer: nnUNetTrainerEWF, fusion: 1}",
     "ewc_0": "{trainer: nnUNetTrainerEWC, lambda_ewc: 0}",
     "plop_online": "{trainer: nnUNetTrainerPLOP, pseudo_labels: online}",
-    "imprinted": "{trainer: nnUNetTrainerPGCD, new_rows: prototypes}",
     "fused": "{trainer: nnUNetTrainerPGCD, fusion: auto}",
 }
 EXTRA = "variants: {" + ", ".join(f"{name}: {changes}" for name, changes in VARIANTS.items()) + "}"
@@ -36,7 +35,7 @@ EXTRA = "variants: {" + ", ".join(f"{name}: {changes}" for name, changes in VARI
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory, module_patch) -> Chain:  # noqa: F811
     """Step 1 is trained."""
-    methods = ("pgcd", "finetune", "pgcd-no_channel", *METHODS, *VARIANTS)
+    methods = ("pgcd", "finetune", "pgcd-no_channel", "pgcd-background_rows", *METHODS, *VARIANTS)
     chain = make_chain(tmp_path_factory.mktemp("baselines"), module_patch, methods, extra=EXTRA)
     train(chain, 1)
     return chain
@@ -129,7 +128,7 @@ def test_entropy_rule_needs_offline_pseudo_labels(chain):
 
 
 def test_imprinted_rows_start_from_prototypes_and_a_resumed_run_keeps_its_own(chain):
-    plain, imprinted = trainer_of(chain, 2, "pgcd"), trainer_of(chain, 2, "imprinted")
+    plain, imprinted = trainer_of(chain, 2, "pgcd-background_rows"), trainer_of(chain, 2, "pgcd")
     for trainer in (plain, imprinted):
         trainer.on_train_start()
     ours, theirs = imprinted.network.state_dict(), plain.network.state_dict()
@@ -140,7 +139,7 @@ def test_imprinted_rows_start_from_prototypes_and_a_resumed_run_keeps_its_own(ch
     imprinted.on_train_epoch_start()
     imprinted.on_train_epoch_end([imprinted.train_step(next(imprinted.dataloader_train))])
     expected = imprinted.network.decoder.seg_layers[-1].bias.clone()
-    imprinted.save_checkpoint(str(fold_of(chain, 2, "imprinted") / "checkpoint_latest.pth"))
-    again = trainer_of(chain, 2, "imprinted", resume=True)
+    imprinted.save_checkpoint(str(fold_of(chain, 2, "pgcd") / "checkpoint_latest.pth"))
+    again = trainer_of(chain, 2, "pgcd", resume=True)
     again.on_train_start()
     assert torch.equal(again.network.decoder.seg_layers[-1].bias, expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 
@@ -14,7 +15,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         description="Writes a schedule whose first step is the given model, and runs it. The data that it was trained "
         "on are not needed.",
     )
-    parser.add_argument("model", type=Path, help="model folder TRAINER__PLANS__CONFIGURATION, or a zip of an export")
+    parser.add_argument(
+        "model",
+        help="model folder TRAINER__PLANS__CONFIGURATION, a zip of an export, or number or name of a dataset in "
+        "nnUNet_results, with -tr, -p and -c as in nnUNetv2_predict",
+    )
+    parser.add_argument("-tr", dest="trainer", default="nnUNetTrainer", help="default: nnUNetTrainer")
+    parser.add_argument("-p", dest="plans", default="nnUNetPlans", help="default: nnUNetPlans")
+    parser.add_argument("-c", dest="configuration", default="3d_fullres", help="default: 3d_fullres")
     parser.add_argument("--with", dest="dataset", required=True, metavar="DATASET", help="raw dataset of new scans")
     parser.add_argument(
         "--classes",
@@ -25,7 +33,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--name", help="of the chain (default: extended)", default="extended")
     parser.add_argument("--test", metavar="DATASET", help="raw dataset with test images and labels to score")
-    parser.add_argument("--fold", default="all", help="fold of the new training (default: all new scans)")
+    parser.add_argument(
+        "--fold", nargs="+", default=["all"], help="folds of the new training (default: all, which is all new scans)"
+    )
     parser.add_argument("--epochs", type=int, help="default: nnU-Net's 1000")
     parser.add_argument("--iterations", type=int, help="iterations of an epoch (default: nnU-Net's 250)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
@@ -42,11 +52,12 @@ def run(args: argparse.Namespace) -> int:
     from nnunet_cil.schedule import load_schedule
 
     path = args.schedule or Path(f"{args.name}.yaml")
+    folds = [int(fold) if fold.isdigit() else fold for fold in args.fold]
     content = {
         "name": args.name,
-        "model": str(args.model.absolute()),
+        "model": str(_model(args)),
         "steps": [{"dataset": _dataset(args.dataset), "classes": dict(map(_class, args.classes))}],
-        "fold": int(args.fold) if args.fold.isdigit() else args.fold,
+        "fold": folds if len(folds) > 1 else folds[0],
         "device": args.device,
     }
     training = {"epochs": args.epochs, "iterations_per_epoch": args.iterations}
@@ -63,6 +74,23 @@ def run(args: argparse.Namespace) -> int:
     if not args.only_write:
         print(driver.run(schedule, [], []))
     return 0
+
+
+def _model(args: argparse.Namespace) -> Path:
+    """A path as it is; of a dataset the model of trainer, plans and configuration in nnUNet_results.
+
+    Raises:
+        ValueError: nnUNet_results has no such dataset, or several of that number.
+    """
+    from nnunet_cil.nnunet_api import model_folder_name, nnunet_paths
+
+    if not args.model.isdigit() and (Path(args.model).exists() or not re.fullmatch(r"Dataset\d{3}_\w+", args.model)):
+        return Path(args.model).absolute()
+    results = nnunet_paths()["nnUNet_results"]
+    found = list(results.glob(f"Dataset{int(args.model):03d}_*" if args.model.isdigit() else args.model))
+    if len(found) != 1:
+        raise ValueError(f"{args.model}: got {len(found)} such datasets in {results}, expected one with the model.")
+    return found[0] / model_folder_name(args.trainer, args.plans, args.configuration)
 
 
 def _dataset(value: str) -> str | int:
