@@ -1,6 +1,6 @@
 """What the benchmarks run on: made-up plans, a teacher with random weights on disk, a batch, and the trainers on them.
 
-Time and memory of a step depend on shapes, not on values, so nothing here is trained.
+Time and memory of a step depend on shapes, hardly on values, so nothing here is trained.
 """
 
 from __future__ import annotations
@@ -163,7 +163,11 @@ def write_teacher(network: Network, n_classes: int, device: torch.device) -> Non
     (folder / "dataset.json").write_text(json.dumps(labels))
     trainer.save_checkpoint(str(folder / "fold_0" / "checkpoint_final.pth"))
     accumulator = PrototypeAccumulator(n_classes, network.features[0])
-    features = torch.randn(1, network.features[0], n_classes, 16, 16)
+    own, noise = (
+        torch.randn(1, network.features[0], n_classes, 1, 1),
+        torch.randn(1, network.features[0], n_classes, 16, 16),
+    )
+    features = own + 0.5 * noise  # told apart with a temperature as of real organs: a tiny one makes exp slow
     accumulator.add(features, torch.arange(n_classes)[None, :, None, None].expand(1, -1, 16, 16))
     names = list(labels["labels"])
     accumulator.finish(names, 1, "", "decoder.stages", None).save(folder / "fold_0" / "prototypes.npz")
@@ -183,7 +187,7 @@ def incremental_trainer(
     trainer_class = recursive_find_trainer_class_by_name(names[method])
     trainer = _trainer(trainer_class, plans, dataset_json(n_classes), device)
     trainer._load_teacher()
-    trainer._build_objective(_OneCase(network))
+    trainer._build_objective(_OneCase(network, n_classes))
     return trainer
 
 
@@ -192,11 +196,12 @@ class _OneCase:
 
     identifiers = ("noise",)
 
-    def __init__(self, network: Network) -> None:
-        self._image = np.random.default_rng(0).normal(size=(1, *network.patch_size)).astype(np.float32)
+    def __init__(self, network: Network, n_classes: int) -> None:
+        rng, shape = np.random.default_rng(0), (1, *network.patch_size)
+        self._case = (rng.normal(size=shape).astype(np.float32), rng.integers(0, n_classes + 1, shape))
 
-    def load_case(self, identifier: str) -> tuple[np.ndarray]:
-        return (self._image,)
+    def load_case(self, identifier: str) -> tuple[np.ndarray, np.ndarray]:
+        return self._case
 
 
 def batch_of(network: Network, n_classes: int, device: torch.device) -> dict[str, Any]:
