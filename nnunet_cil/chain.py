@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,15 @@ from filelock import FileLock, Timeout
 
 from nnunet_cil import nnunet_api
 from nnunet_cil.environment import trainers_dir
-from nnunet_cil.lineage import CHAIN_FILE, CHANGEABLE_KEYS, sealed
+from nnunet_cil.lineage import CHAIN_EXPECTED, CHAIN_FILE, CHANGEABLE_KEYS, check_chain, sealed
 from nnunet_cil.schedule import ABLATIONS, METHOD_DEFAULTS, Schedule, Training, kept_source
 from nnunet_cil.step_files import read_step_file, write_json
+from nnunet_cil.untrusted import read_json
 
 logger = logging.getLogger(__name__)
 
 FIRST_FREE_ID, LAST_ID = 500, 999
+PATIENCE_SECONDS = 120.0
 JOINT = "joint"
 _TRAINER_PREFIX = "nnUNetTrainer"
 REPLAY_TRAINER = "nnUNetTrainerReplay"
@@ -100,7 +102,7 @@ class Chain:
         """
         folder = nnunet_api.nnunet_paths()["nnUNet_results"] / f"chain_{schedule.name}"
         path = folder / CHAIN_FILE
-        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        known = _read_chain(path) if path.is_file() else None
         abandoned: list[Path] = []
         if known is not None:
             chain = cls(schedule, known)
@@ -117,25 +119,40 @@ class Chain:
         return chain
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep other runs off this chain; the lock goes with the process, however it ends.
+    def locked(self, part: str = "") -> Iterator[None]:
+        """Keep other processes off this chain, or off a named part of it, which is a lock of its own and waited for.
+
+        The lock goes with the process, however it ends.
 
         Raises:
-            RuntimeError: another process has it.
+            RuntimeError: another process has it; a part also after ``PATIENCE_SECONDS``.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / ".lock", timeout=0)
+        path = self._lock_file(part)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path, timeout=PATIENCE_SECONDS if part else 0)
         try:
             lock.acquire()
         except Timeout as error:
             raise RuntimeError(
-                f"{self.folder}: got a chain that another nnunet-cil is working on, expected none. Wait for it, or end "
-                "it: the same command then goes on from there."
+                f"{self.folder}: got a chain that another nnunet-cil is working on{part and f' ({part})'}, expected "
+                "none. Wait for it, or end it: the same command then goes on from there."
             ) from error
         try:
             yield
         finally:
             lock.release()
+
+    def is_locked(self, part: str = "") -> bool:
+        """Whether a process works on this chain, or on a part of it, see `locked`."""
+        path = self._lock_file(part)
+        try:
+            with FileLock(path, timeout=0) if path.is_file() else nullcontext():
+                return False
+        except Timeout:
+            return True
+
+    def _lock_file(self, part: str) -> Path:
+        return self.folder / "locks" / f"{part}.lock" if part else self.folder / ".lock"
 
     def save(self) -> None:
         """Write ``chain.json``."""
@@ -271,6 +288,12 @@ class Chain:
             )
 
 
+def _read_chain(path: Path) -> dict[str, Any]:
+    content = read_json(path, CHAIN_EXPECTED)
+    check_chain(content, path)
+    return content
+
+
 def _without(content: Mapping[str, Any], *keys: str) -> dict[str, Any]:
     return {key: value for key, value in content.items() if key not in keys}
 
@@ -303,7 +326,7 @@ def _free_ids(schedule: Schedule, count: int, abandoned: Set[str]) -> list[int]:
 def _ids_of_other_chains(name: str) -> dict[int, set[str]]:
     """Numbers that chains keep for datasets which they have not made yet."""
     files = nnunet_api.nnunet_paths()["nnUNet_results"].glob("chain_*/chain.json")
-    others = [content for file in files if (content := json.loads(file.read_text(encoding="utf-8")))["name"] != name]
+    others = [content for file in files if (content := _read_chain(file))["name"] != name]
     return {
         number: {f"chain {content['name']}"} for content in others for number in [*content["datasets"], content[JOINT]]
     }

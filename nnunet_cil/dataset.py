@@ -24,6 +24,7 @@ import SimpleITK
 from nnunet_cil import nnunet_api
 from nnunet_cil.block import BLOCK_KEY, StepBlock
 from nnunet_cil.chain import JOINT, Chain, Variant, write_json
+from nnunet_cil.checkpoint import read_checkpoint
 from nnunet_cil.intensity import set_intensity, warn_of_clipping
 from nnunet_cil.labels import apply_remap, cumulative_labels, remap_table, without_classes
 from nnunet_cil.parallel import over_cases
@@ -31,6 +32,7 @@ from nnunet_cil.plan_override import apply_override
 from nnunet_cil.schedule import Schedule, kept_source
 from nnunet_cil.step_files import STEP_FILE, count_whole_cases, read_step_file
 from nnunet_cil.teacher import inherited_from
+from nnunet_cil.untrusted import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +60,7 @@ class Case:
 
 def dataset_json_of(folder: Path) -> dict[str, Any]:
     """A raw dataset's dataset.json."""
-    return json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+    return read_json(folder / "dataset.json", "that of a dataset of nnU-Net")
 
 
 def final_labels(schedule: Schedule, step: int, own: Mapping[str, Any]) -> dict[str, int]:
@@ -442,7 +444,7 @@ def _install_model(chain: Chain) -> None:
     target = chain.model_folder(chain.first_step(None), 1)
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        model.install(target, chain.schedule.folds)
+        model.install(target, chain.schedule.folds, check=read_checkpoint)
     if "network_of" not in chain.content:
         chain.content |= inherited_from(target, chain.schedule.folds[0])
     chain.content["plans_name"] = model.plans["plans_name"]
@@ -710,7 +712,7 @@ def _labelled_by_case(schedule: Schedule, step: int | str, cases: Sequence[Case]
 def _plan_first_step(chain: Chain) -> None:
     schedule, folder = chain.schedule, chain.preprocessed(1)
     if schedule.base_plans is not None:
-        plans = json.loads(schedule.base_plans.read_text(encoding="utf-8"))
+        plans = read_json(schedule.base_plans, "a plans.json of nnU-Net")
         plans["dataset_name"] = chain.dataset_name(1)
         name = plans["plans_name"]
     else:
@@ -721,6 +723,7 @@ def _plan_first_step(chain: Chain) -> None:
             f"{schedule.file}: configuration: got {schedule.configuration!r}, expected one that nnU-Net planned for "
             f"this data: {sorted(plans['configurations'])}."
         )
+    nnunet_api.check_architecture(plans, schedule.configuration)
     plans.pop(BLOCK_KEY, None)
     plans = apply_override(plans, schedule.configuration, schedule.plans)
     plans = set_intensity(plans, schedule.intensity, chain.raw(1))

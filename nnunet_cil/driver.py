@@ -9,6 +9,7 @@ import shlex
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from pathlib import Path
 from time import monotonic
 
@@ -18,14 +19,25 @@ from nnunet_cil import nnunet_api
 from nnunet_cil.chain import JOINT, REPLAY_TRAINER, Chain, Variant, method_of, write_json
 from nnunet_cil.dataset import block_of, prepare_chain, write_test_set
 from nnunet_cil.environment import trainer_path_variable
-from nnunet_cil.evaluate import collect_scores, evaluate_model, learned_at, subject_scores, write_matrices
+from nnunet_cil.evaluate import (
+    collect_scores,
+    evaluate_model,
+    evaluation_file,
+    is_scored,
+    learned_at,
+    subject_scores,
+    write_matrices,
+)
+from nnunet_cil.guard import Check, check_step, place_of, read_checks, stops
+from nnunet_cil.launcher import Task, check_launcher, job_states, launch
 from nnunet_cil.parallel import worker_count
 from nnunet_cil.precision import amp_dtype
 from nnunet_cil.report import write as report_page
 from nnunet_cil.report.figures import plot_mean_dice
 from nnunet_cil.report.paired import paired_table
 from nnunet_cil.report.table import score_table
-from nnunet_cil.schedule import ABLATIONS, Schedule
+from nnunet_cil.report.words import fate_of_old
+from nnunet_cil.schedule import ABLATIONS, Schedule, load_schedule
 
 logger = logging.getLogger(__name__)
 
@@ -66,14 +78,20 @@ def prepare(schedule: Schedule, methods: Sequence[str], seeds: Sequence[int | No
     return list(lines)
 
 
-def run(schedule: Schedule, methods: Sequence[str], seeds: Sequence[int | None]) -> str:
+def run(schedule: Schedule, methods: Sequence[str], seeds: Sequence[int | None], launcher: str | None = None) -> str:
     """Run a chain to its end from wherever it stands; returns the table.
 
     Interrupted at any time, the same call goes on: a training from its last checkpoint, all else from what is finished.
+
+    Args:
+        launcher: ``local`` or ``slurm`` makes a job of each training, see `launcher.launch`. Those of Slurm are not
+            waited for: until all are done, where they stand is returned.
     """
+    if launcher is not None:
+        check_launcher(schedule, launcher)
     chain = Chain.open(schedule)
     with chain.locked():
-        return _run(chain, methods, seeds)
+        return _run(chain, methods, seeds) if launcher is None else _launch(chain, methods, seeds, launcher)
 
 
 def _run(chain: Chain, methods: Sequence[str], seeds: Sequence[int | None]) -> str:
@@ -85,24 +103,121 @@ def _run(chain: Chain, methods: Sequence[str], seeds: Sequence[int | None]) -> s
     started, trained = monotonic(), 0
     missing = sum(not chain.trained(variant, step, fold) for variant, step, fold in todo)
     for variant, step, fold in todo:
-        if not chain.trained(variant, step, fold):
-            label = f"[{trained + 1}/{missing}] {_title(chain, variant, step, fold)}"
-            _train(chain, variant, step, fold, label)
-            trained += 1
-            if trained < missing:
-                left = (monotonic() - started) / trained * (missing - trained)
-                logger.info("%d of %d trainings done, about %s left", trained, missing, _duration(left))
-        if schedule.test:
-            with _nnunet_output(chain):
-                evaluate_model(chain, variant, step, fold, device_of(schedule))
-            report(chain, variants)
+        is_new = not chain.trained(variant, step, fold)
+        label = f"[{trained + 1}/{missing}] {_title(chain, variant, step, fold)}"
+        _complete(chain, variants, variant, step, fold, label)
+        trained += is_new
+        if is_new and trained < missing:
+            left = (monotonic() - started) / trained * (missing - trained)
+            logger.info("%d of %d trainings done, about %s left", trained, missing, _duration(left))
     return report(chain, variants)
+
+
+def _complete(
+    chain: Chain, variants: Sequence[Variant], variant: Variant, step: int | str, fold: int | str, label: str
+) -> None:
+    """Train a model, score it and compare it with the step before, where that is not done, and write the results.
+
+    Raises:
+        RuntimeError: the training failed, another process is at it, or the guard stops the chain here.
+    """
+    with chain.locked(_name(chain, variant, step, fold)):
+        if not chain.trained(variant, step, fold):
+            _train(chain, variant, step, fold, label)
+        with _nnunet_output(chain):
+            if chain.schedule.test:
+                evaluate_model(chain, variant, step, fold, device_of(chain.schedule))
+            check = check_step(chain, variant, step, fold, device_of(chain.schedule))
+    if chain.schedule.test:
+        report(chain, variants)
+    if check is not None and stops(chain, check):
+        _stop(chain, variant, check)
+
+
+def _launch(chain: Chain, methods: Sequence[str], seeds: Sequence[int | None], launcher: str) -> str:
+    logger.info("chain %s in %s", chain.schedule.name, chain.folder)
+    variants = _prepared_variants(chain, methods, seeds, here=launcher == "local")
+    trainings, checks = _trainings(chain, variants), read_checks(chain)
+    for training in trainings:
+        check = checks.get(place_of(chain, *training))
+        if check is not None and chain.trained(*training) and stops(chain, check):
+            _stop(chain, training[0], check)
+    left = launch(chain, [_task(chain, *training, methods, seeds) for training in trainings], launcher)
+    return status(chain.schedule, methods, seeds) if left else report(chain, variants)
+
+
+def _task(
+    chain: Chain,
+    variant: Variant,
+    step: int | str,
+    fold: int | str,
+    methods: Sequence[str],
+    seeds: Sequence[int | None],
+) -> Task:
+    before = None
+    if step not in (1, JOINT):
+        before = _name(chain, chain.first_step(variant.seed) if step == 2 else variant, int(step) - 1, fold)
+    file = chain.schedule.file.absolute()
+    work = partial(work_on, file, variant.method, variant.seed, step, fold, tuple(methods), tuple(seeds))
+    return Task(_name(chain, variant, step, fold), before, work, partial(_is_done, chain, variant, step, fold))
+
+
+def work_on(
+    file: Path,
+    method: str,
+    seed: int | None,
+    step: int | str,
+    fold: int | str,
+    methods: Sequence[str],
+    seeds: Sequence[int | None],
+) -> None:
+    """What one job does: complete one training of a prepared chain and write the results of all that are there.
+
+    Args:
+        file: the schedule.
+        methods: of the whole run, as `seeds`.
+    """
+    chain = Chain.open(load_schedule(file))
+    variant = chain.variant(method, seed)
+    _say_how(chain.schedule)
+    _complete(chain, variants_of(chain, methods, seeds), variant, step, fold, _title(chain, variant, step, fold))
+
+
+def _is_done(chain: Chain, variant: Variant, step: int | str, fold: int | str) -> bool:
+    """Whether a model is trained, and where that can be, scored and compared with the step before."""
+    if not chain.trained(variant, step, fold):
+        return False
+    if chain.schedule.test and not is_scored(chain, variant, step, fold):
+        return False
+    has_before = step not in (1, JOINT) and chain.trained(variant, int(step) - 1, fold)
+    return not has_before or place_of(chain, variant, step, fold) in read_checks(chain)
+
+
+def _stop(chain: Chain, variant: Variant, check: Check) -> None:
+    """Refuse to train on a step that has lost an organ.
+
+    Raises:
+        RuntimeError: always; it says what was lost and how the chain goes on.
+    """
+    before, folder = (chain.model_folder(variant, step) for step in (check.step - 1, check.step))
+    lost = "; ".join(f"{name} lost ({organ})" for name, organ in check.lost(chain.schedule.guard).items())
+    raise RuntimeError(
+        f"{_title(chain, variant, check.step, check.fold)}: got {lost}, expected the organs of earlier steps to be "
+        "kept, as `guard: on_forgetting: stop` says. No later step is trained on this model. To go on with it, set "
+        f"`on_forgetting: warn`. To go on from step {check.step - 1} with other settings or data, give {before} as "
+        f"`model` to a schedule of another name. To train this step anew, remove {folder / f'fold_{check.fold}'}."
+    )
 
 
 def report(chain: Chain, variants: Sequence[Variant]) -> str:
     """Write scores.json, the matrices, the table and the figure of what is scored so far; returns the table."""
     if not chain.schedule.test:
         return "The schedule names no test set: nothing to score."
+    with chain.locked("scores"):
+        return _write_results(chain, variants)
+
+
+def _write_results(chain: Chain, variants: Sequence[Variant]) -> str:
     content, rows = collect_scores(chain, list(variants))
     write_json(chain.folder / "scores.json", content)
     if not rows:
@@ -141,25 +256,35 @@ def evaluate(schedule: Schedule, methods: Sequence[str], seeds: Sequence[int | N
     with chain.locked(), _nnunet_output(chain):
         write_test_set(chain)
         for variant, step, fold in todo:
-            evaluate_model(chain, variant, step, fold, device_of(schedule))
+            with chain.locked(_name(chain, variant, step, fold)):
+                evaluate_model(chain, variant, step, fold, device_of(schedule))
+                check_step(chain, variant, step, fold, device_of(schedule))
     return report(chain, variants)
 
 
 def status(schedule: Schedule, methods: Sequence[str], seeds: Sequence[int | None]) -> str:
-    """One line a training: waiting, at which epoch, or done."""
+    """One line a training: waiting, at which epoch, or done, and what it did to the organs of earlier steps.
+
+    Of a job, see `launcher`, also whether it is queued, running or failed.
+    """
     chain = Chain.open(schedule)
     if not chain.content["plans_name"]:
         return f"chain {schedule.name}: nothing is prepared yet. `nnunet-cil run` starts it."
-    lines = [f"chain {schedule.name} in {chain.folder}"]
+    lines, checks, jobs = [f"chain {schedule.name} in {chain.folder}"], read_checks(chain), job_states(chain)
     for variant, step, fold in _trainings(chain, variants_of(chain, methods, seeds)):
         folder = chain.model_folder(variant, step) / f"fold_{fold}"
         logs = sorted(folder.glob("training_log_*.txt"), key=lambda path: path.stat().st_mtime)
         epochs = re.findall(r"^.*?Epoch (\d+) *$", logs[-1].read_text(encoding="utf-8"), re.MULTILINE) if logs else []
-        state = "waiting"
-        if chain.trained(variant, step, fold):
+        state = jobs.get(_name(chain, variant, step, fold), "waiting")
+        to_score = schedule.test and not evaluation_file(chain, variant, step, fold).is_file()
+        if chain.trained(variant, step, fold) and (state == "waiting" or not to_score):
             state = "done, data removed" if step in chain.forgotten else "done"
-        elif epochs:
-            state = f"epoch {int(epochs[-1]) + 1} of {block_of(chain, variant, step).training.epochs}"
+            if check := checks.get(place_of(chain, variant, step, fold)):
+                fate = fate_of_old(check.outcomes(schedule.guard))
+                state += f"; {fate}" * bool(fate) + ", the guard stops here" * stops(chain, check)
+        elif epochs and state in ("waiting", "running"):
+            epoch = f"epoch {int(epochs[-1]) + 1} of {block_of(chain, variant, step).training.epochs}"
+            state = f"running, {epoch}" if state == "running" else epoch
         lines.append(f"  {_title(chain, variant, step, fold):60s} {state}")
     return "\n".join(lines)
 
@@ -184,9 +309,16 @@ def device_of(schedule: Schedule) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _prepared_variants(chain: Chain, methods: Sequence[str], seeds: Sequence[int | None]) -> list[Variant]:
-    """The variants that are asked for, after what can be refused is refused and their data and plans are made."""
-    amp_dtype(chain.schedule.training.amp, device_of(chain.schedule))
+def _prepared_variants(
+    chain: Chain, methods: Sequence[str], seeds: Sequence[int | None], here: bool = True
+) -> list[Variant]:
+    """The variants that are asked for, after what can be refused is refused and their data and plans are made.
+
+    Args:
+        here: whether this machine trains them, so that its device can be judged.
+    """
+    if here:
+        amp_dtype(chain.schedule.training.amp, device_of(chain.schedule))
     variants = variants_of(chain, methods, seeds)
     _check_not_forgotten(chain, variants)
     needed = _with_first_steps(chain, variants)
@@ -253,6 +385,11 @@ def _trainings(chain: Chain, variants: Sequence[Variant]) -> list[tuple[Variant,
     return list(todo)
 
 
+def _name(chain: Chain, variant: Variant, step: int | str, fold: int | str) -> str:
+    """Of a training's log, lock and job."""
+    return f"{chain.plans_name(variant)}_{step}_fold_{fold}"
+
+
 def _title(chain: Chain, variant: Variant, step: int | str, fold: int | str) -> str:
     where = "all classes" if step == JOINT else f"step {step} of {chain.n_steps}"
     if step == 1 and chain.schedule.model is not None:
@@ -284,7 +421,7 @@ def _train(chain: Chain, variant: Variant, step: int | str, fold: int | str, lab
     environment = {**os.environ, "nnUNet_extTrainer": trainer_path_variable()}
     if (workers := _augmentation_workers(chain.schedule)) is not None:
         environment[WORKERS_VARIABLE] = workers
-    log_path = chain.folder / "logs" / f"{chain.plans_name(variant)}_{step}_fold_{fold}.log"
+    log_path = chain.folder / "logs" / f"{_name(chain, variant, step, fold)}.log"
     log_path.parent.mkdir(parents=True, exist_ok=True)
     progress = _Progress(label, block_of(chain, variant, step).training.epochs)
     command = nnunet_api.train_process_command(arguments, resume)

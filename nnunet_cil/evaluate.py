@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
-import json
 import logging
+import math
 import os
 import warnings
 from collections import defaultdict
@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from nnunet_cil import nnunet_api
 from nnunet_cil.chain import JOINT, Chain, Variant, write_json
+from nnunet_cil.checkpoint import read_checkpoint
 from nnunet_cil.labels import cumulative_labels
 from nnunet_cil.metrics import NO_FORWARD_TRANSFER, final_means, gap_to_joint, plasticity_gap, summary
 from nnunet_cil.parallel import over_cases
@@ -26,6 +26,7 @@ from nnunet_cil.report.paired import Scores, paired_differences
 from nnunet_cil.report.table import FinalScores, Row
 from nnunet_cil.surface_scores import ABSENCES, absence
 from nnunet_cil.teacher import PROTOTYPE_FILE, sha256_of
+from nnunet_cil.untrusted import is_ending, is_name, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -76,17 +77,12 @@ def evaluate_model(chain: Chain, variant: Variant, step: int | str, fold: int | 
     Raises:
         ValueError: the model is truncated.
     """
-    path = evaluation_file(chain, variant, step, fold)
+    path, key = evaluation_file(chain, variant, step, fold), _key(chain, variant, step, fold)
+    if (known := _stored(path, key)) is not None:
+        return known
     model = chain.model_folder(variant, step)
     checkpoint = model / f"fold_{fold}" / "checkpoint_final.pth"
     tolerance_mm = chain.schedule.nsd_tolerance_mm
-    key = {
-        "checkpoint_sha256": sha256_of(checkpoint),
-        "test_sha256": sha256_of(chain.folder / "test" / "test.json"),
-        "nsd_tolerance_mm": tolerance_mm,
-    }
-    if path.is_file() and (known := json.loads(path.read_text(encoding="utf-8"))).items() >= key.items():
-        return known
     test = _test_set(chain)
     ending = test["file_ending"]
     images = nnunet_api.image_lists(chain.folder / "test" / "images", ending)
@@ -128,6 +124,25 @@ def evaluate_model(chain: Chain, variant: Variant, step: int | str, fold: int | 
     return content
 
 
+def is_scored(chain: Chain, variant: Variant, step: int | str, fold: int | str) -> bool:
+    """Whether the scores of a trained model are there, for the checkpoint, test set and tolerance as they are now."""
+    return _stored(evaluation_file(chain, variant, step, fold), _key(chain, variant, step, fold)) is not None
+
+
+def _key(chain: Chain, variant: Variant, step: int | str, fold: int | str) -> dict[str, Any]:
+    checkpoint = chain.model_folder(variant, step) / f"fold_{fold}" / "checkpoint_final.pth"
+    return {
+        "checkpoint_sha256": sha256_of(checkpoint),
+        "test_sha256": sha256_of(chain.folder / "test" / "test.json"),
+        "nsd_tolerance_mm": chain.schedule.nsd_tolerance_mm,
+    }
+
+
+def _stored(path: Path, key: Mapping[str, Any]) -> dict[str, Any] | None:
+    known = read_scores(path)
+    return known if known.items() >= key.items() else None
+
+
 def _scores_of(found: Mapping[str, float]) -> dict[str, float | None]:
     return _nullable({"dice": found["Dice"], "hd95_mm": found["hd95_mm"], "nsd": found["nsd"]})
 
@@ -143,7 +158,7 @@ def count_parameters(checkpoint: Path) -> int:
         ValueError: no checkpoint of nnU-Net.
     """
     try:
-        weights = torch.load(checkpoint, map_location="cpu", weights_only=False, mmap=True)["network_weights"]
+        weights = read_checkpoint(checkpoint, mapped=True)["network_weights"]
     except nnunet_api.UNREADABLE as error:
         raise ValueError(
             f"{checkpoint}: got an unreadable model ({type(error).__name__}: {error}), expected one of nnU-Net. Remove "
@@ -152,8 +167,61 @@ def count_parameters(checkpoint: Path) -> int:
     return sum({(tensor.data_ptr(), tensor.shape): tensor.numel() for tensor in weights.values()}.values())
 
 
+def read_scores(path: Path) -> dict[str, Any]:
+    """What ``evaluate_model`` stored; empty where there is nothing, or what cannot be read, which is told."""
+    if not path.is_file():
+        return {}
+    try:
+        content = read_json(path, "scores of test subjects")
+        check_scores(content, path)
+    except ValueError as error:
+        logger.warning("%s It counts as not scored.", error)
+        return {}
+    return content
+
+
+def check_scores(content: Mapping[str, Any], path: Path) -> None:
+    """Refuse the content of a ``scores.json`` that has not its form, or numbers that are no scores.
+
+    Raises:
+        ValueError: it is so.
+    """
+    try:
+        found = [pair for classes in content["scores"].values() for each in classes.values() for pair in each.items()]
+        for why in content.get("absent", {}).values():
+            why.keys()
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: got no table of scores ({error!r}), expected scores by case and class.") from error
+    if odd := [f"{name}: {value!r}" for name, value in found if not _is_score(name, value)]:
+        raise ValueError(f"{path}: got {odd[0]}, expected scores in [0, 1] and distances in mm.")
+    if not isinstance(content.get("parameters", 0), int):
+        raise ValueError(f"{path}: got the parameters {content['parameters']!r}, expected a number.")
+
+
+def _is_score(name: str, value: Any) -> bool:
+    if value is None:
+        return True
+    is_number = isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
+    return is_number and (value <= 1 or name == "hd95_mm")
+
+
 def _test_set(chain: Chain) -> dict[str, Any]:
-    return json.loads((chain.folder / "test" / "test.json").read_text(encoding="utf-8"))
+    path = chain.folder / "test" / "test.json"
+    content = read_json(path, "the list of test subjects that `nnunet-cil prepare` writes")
+    check_test(content, path)
+    return content
+
+
+def check_test(content: Mapping[str, Any], path: Path) -> None:
+    """Refuse the content of a ``test.json`` that has not its form, or whose names lead out of their folders.
+
+    Raises:
+        ValueError: it is so.
+    """
+    cases = content.get("cases")
+    good = is_ending(content.get("file_ending")) and isinstance(cases, dict) and all(map(is_name, cases))
+    if not good or not all(isinstance(case, dict) and isinstance(case.get("set"), int) for case in cases.values()):
+        raise ValueError(f"{path}: got no names of cases and file_ending, expected what `nnunet-cil prepare` writes.")
 
 
 def _say(line: str) -> None:
@@ -200,7 +268,7 @@ def _evaluations(chain: Chain, variant: Variant, fold: int | str) -> dict[int, d
     found = {}
     for row, step in _steps(chain, variant).items():
         path = evaluation_file(chain, variant, step, fold)
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        content = read_scores(path)
         if content.get("nsd_tolerance_mm") == chain.schedule.nsd_tolerance_mm:
             found[row] = content
     return found
@@ -220,7 +288,7 @@ def _matrix(
             values = [
                 classes[name][score]
                 for case, classes in content["scores"].items()
-                if (cases is None or case in cases) and name in classes and classes[name][score] is not None
+                if (cases is None or case in cases) and name in classes and classes[name].get(score) is not None
             ]
             if values:
                 matrix[row, column] = float(np.mean(values))
@@ -236,7 +304,8 @@ def _counts(chain: Chain, evaluations: Mapping[int, Mapping[str, Any]]) -> dict[
     }
     for row, content in evaluations.items():
         for column, name in _learned(chain, row):
-            why = [content["absent"][case].get(name) for case, classes in content["scores"].items() if name in classes]
+            scores, absent = content["scores"], content.get("absent", {})
+            why = [absent.get(case, {}).get(name) for case, classes in scores.items() if name in classes]
             for kind in ABSENCES:
                 counts[kind][row][column] = why.count(kind)
             counts["subjects"][row][column] = len(why)
@@ -254,7 +323,7 @@ def subject_scores(chain: Chain, variants: Sequence[Variant], score: str = "dice
         for fold in chain.schedule.folds:
             if last := _evaluations(chain, variant, fold).get(chain.n_steps - 1):
                 found[variant.method][variant.seed, fold] = {
-                    case: {name: values[score] for name, values in classes.items()}
+                    case: {name: values.get(score) for name, values in classes.items()}
                     for case, classes in last["scores"].items()
                 }
     return dict(found)
@@ -394,6 +463,8 @@ def _by_test_set(chain: Chain, run: _Run) -> list[dict[str, Any]]:
 
 def _never_trained_on(chain: Chain, number: int) -> bool | None:
     schedule = chain.schedule
+    if not 0 <= number < len(schedule.test):
+        return None
     test = schedule.test[number]
     trained_on = {path.resolve() for path in (schedule.source, *(step.dataset for step in schedule.steps)) if path}
     if (test.dataset or test.images.parent).resolve() in trained_on:
@@ -403,7 +474,7 @@ def _never_trained_on(chain: Chain, number: int) -> bool | None:
 
 def _parameters(chain: Chain, run: _Run) -> dict[str, dict[str, int | None]]:
     """By step: parameters of its network, and how many more than the step before has."""
-    totals = {row: content["parameters"] for row, content in run.evaluations.items()}
+    totals = {row: content["parameters"] for row, content in run.evaluations.items() if "parameters" in content}
     return {
         _name(step): {"total": totals[row], "added": totals[row] - totals[row - 1] if row - 1 in totals else None}
         for row, step in _steps(chain, run.variant).items()
@@ -421,7 +492,7 @@ def _bytes_kept(chain: Chain, run: _Run) -> dict[str, dict[str, int]] | None:
         prototypes = 0
         if step > 1 and (path := _fold_folder(chain, run, step - 1) / PROTOTYPE_FILE).is_file():
             prototypes = path.stat().st_size
-        memory = int(json.loads(replay.read_text(encoding="utf-8"))["bytes"]) if replay.is_file() else 0
+        memory = read_json(replay, "what replay keeps").get("bytes", 0) if replay.is_file() else 0
         kept[_name(step)] = {"prototypes": prototypes, "replay": memory}
     return kept
 
@@ -429,7 +500,7 @@ def _bytes_kept(chain: Chain, run: _Run) -> dict[str, dict[str, int]] | None:
 def _costs(chain: Chain, run: _Run) -> dict[str, Any]:
     steps = _steps(chain, run.variant).values()
     found = {_name(step): _fold_folder(chain, run, step) / "cost.json" for step in steps}
-    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in found.items() if path.is_file()}
+    return {name: read_json(path, "the cost of a step") for name, path in found.items() if path.is_file()}
 
 
 def _fold_folder(chain: Chain, run: _Run, step: int | str) -> Path:

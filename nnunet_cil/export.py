@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -17,12 +16,14 @@ import torch
 
 from nnunet_cil.block import BLOCK_KEY
 from nnunet_cil.chain import JOINT, Chain, Variant, write_json
+from nnunet_cil.checkpoint import read_checkpoint
 from nnunet_cil.dataset import dataset_json_of
 from nnunet_cil.evaluate import evaluation_file, score_matrix
-from nnunet_cil.given_model import GivenModel
+from nnunet_cil.given_model import GivenModel, opened_zip
 from nnunet_cil.lineage import LINEAGE_FILE, Files, check_fold, exported, sealed
 from nnunet_cil.step_files import read_step_file
 from nnunet_cil.teacher import PROTOTYPE_FILE, sha256_of
+from nnunet_cil.untrusted import parse_json
 
 CARD_FILE = "model_card.json"
 STOCK_TRAINER = "nnUNetTrainer"
@@ -91,7 +92,7 @@ def export_model(
 def _export_fold(source: Path, target: Path, trainer: str, configuration: str) -> None:
     target.mkdir()
     lineage = check_fold(source, Files()) if (source / LINEAGE_FILE).is_file() else None
-    checkpoint = torch.load(source / CHECKPOINT, map_location="cpu", weights_only=False)
+    checkpoint = read_checkpoint(source / CHECKPOINT)
     kept = {key: checkpoint[key] for key in KEPT_OF_CHECKPOINT}
     init_args = {"configuration": configuration, "fold": checkpoint["init_args"]["fold"]}
     torch.save({**kept, "trainer_name": trainer, "init_args": init_args}, target / CHECKPOINT)
@@ -165,12 +166,13 @@ def read_card(path: Path) -> dict[str, Any]:
         text = file.read(MAX_CARD_BYTES + 1)
     if len(text) > MAX_CARD_BYTES:
         raise ValueError(f"{path}: got a {CARD_FILE} of more than {MAX_CARD_BYTES} bytes, expected a small one.")
+    card = parse_json(text, f"{path}: {CARD_FILE}", "a JSON object")
     try:
-        card = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{path}: got a {CARD_FILE} that is no JSON ({error}), expected a JSON object.") from error
-    if not isinstance(card, dict):
-        raise ValueError(f"{path}: got a {CARD_FILE} with {type(card).__name__}, expected a JSON object.")
+        card_text(card)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: got a {CARD_FILE} that cannot be shown ({error!r}), expected one that `nnunet-cil export` wrote."
+        ) from error
     return card
 
 
@@ -189,13 +191,10 @@ def _opened(path: Path) -> Iterator[tuple[Path | zipfile.Path, list[str]]]:
         inner = _only_model(path, names)
         yield path / inner, [name[len(inner) :] for name in names if name.startswith(inner)]
         return
-    try:
-        with zipfile.ZipFile(path) as zipped:
-            names = [name for name in zipped.namelist() if not name.endswith("/")]
-            inner = _only_model(path, names)
-            yield zipfile.Path(zipped, inner), [name[len(inner) :] for name in names if name.startswith(inner)]
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{path}: got no zip, or a damaged one ({error}), expected an exported model.") from error
+    with opened_zip(path) as zipped:
+        names = [name for name in zipped.namelist() if not name.endswith("/")]
+        inner = _only_model(path, names)
+        yield zipfile.Path(zipped, inner), [name[len(inner) :] for name in names if name.startswith(inner)]
 
 
 def _only_model(path: Path, names: Sequence[str]) -> str:
@@ -234,13 +233,14 @@ def verify_export(path: Path, files: Files) -> Iterator[str]:
         yield f"{model.name}: {len(digests)} files as the card says"
         for name in lineages:
             content = check_fold((model / name).parent, files)
-            yield f"{name}: trained as {content['folder']}, lineage {content['exported_from']['lineage']}"
+            origin = content.get("exported_from", {}).get("lineage")
+            yield f"{name}: trained as {content['folder']}, lineage {origin}"
         if not lineages:
             yield f"no {LINEAGE_FILE}: exported by an earlier version, or trained by one"
 
 
 def card_text(card: Mapping[str, Any]) -> str:
-    """A card as lines to read."""
+    """A card as lines to read; what cannot be printed, such as codes for a terminal, is replaced."""
     lines = [f"{card.get('name')}: {card.get('method')}, after step {card.get('step')}, seed {card.get('seed')}"]
     organs = {name: value for name, value in card.get("labels", {}).items() if name != "background"}
     lines.append("labels: " + ", ".join(f"{value} {name}" for name, value in organs.items()))
@@ -258,4 +258,4 @@ def card_text(card: Mapping[str, Any]) -> str:
     lines.append("made with " + ", ".join(f"{name} {number}" for name, number in card.get("versions", {}).items()))
     lines.append(str(card.get("use", "")))
     lines += [f"sha256 {digest}  {name}" for name, digest in card.get("sha256", {}).items()]
-    return "\n".join(lines)
+    return "\n".join("".join(char if char.isprintable() else "\ufffd" for char in line) for line in lines)

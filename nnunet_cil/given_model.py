@@ -6,21 +6,28 @@ import json
 import os
 import re
 import shutil
+import stat
+import struct
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from nnunet_cil.labels import check_regions
+from nnunet_cil.untrusted import EXPECTED_ENDING, EXPECTED_NAME, MAX_JSON_BYTES, is_ending, is_name, parse_json
 
 CHECKPOINT = "checkpoint_final.pth"
 PROTOTYPES = "prototypes.npz"
 LINEAGE = "lineage.json"
-MAX_JSON_BYTES = 100_000_000
 MAX_BYTES = 50_000_000_000
-_FOLD = re.compile(r"fold_(all|\d+)")
+MAX_RATIO = 100  # of what a zip unpacks to; weights hardly shrink
+SMALL_BYTES = 100_000_000  # below which the ratio does not matter
+DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError)
+"""What reading a damaged zip raises."""
+_FOLD = re.compile(r"fold_(all|0|[1-9][0-9]{0,3})")
 
 
 @dataclass(frozen=True)
@@ -69,18 +76,31 @@ class GivenModel:
             "`fold` in the schedule to one that it has, or to a list of them."
         )
 
-    def install(self, target: Path, folds: Sequence[int | str]) -> None:
-        """Copy what a teacher needs into the model folder ``target``, as the folds that are asked for; whole or not."""
+    def install(
+        self, target: Path, folds: Sequence[int | str], check: Callable[[Path], Any] = lambda checkpoint: None
+    ) -> None:
+        """Copy what a teacher needs into the model folder ``target``, as the folds that are asked for; whole or not.
+
+        Args:
+            check: is called with each checkpoint before the folder gets its name.
+
+        Raises:
+            ValueError: it cannot be read, or ``check`` raises it; nothing is left behind.
+        """
         partial = target.with_name(f".{target.name}.part")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        for name, content in (("plans.json", self.plans), ("dataset.json", self.dataset_json)):
-            (partial / name).write_text(json.dumps(content, indent=1) + "\n")
-        for fold in folds:
-            (partial / f"fold_{fold}").mkdir()
-            for name in (CHECKPOINT, PROTOTYPES, LINEAGE):
-                self._copy(f"fold_{self.fold_for(fold)}/{name}", partial / f"fold_{fold}" / name)
-        os.replace(partial, target)
+        try:
+            for name, content in (("plans.json", self.plans), ("dataset.json", self.dataset_json)):
+                (partial / name).write_text(json.dumps(content, indent=1) + "\n")
+            for fold in folds:
+                (partial / f"fold_{fold}").mkdir()
+                for name in (CHECKPOINT, PROTOTYPES, LINEAGE):
+                    self._copy(f"fold_{self.fold_for(fold)}/{name}", partial / f"fold_{fold}" / name)
+                check(partial / f"fold_{fold}" / CHECKPOINT)
+            os.replace(partial, target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
     def _copy(self, member: str, target: Path) -> None:
         with _opened(self.path, f"{self.inner}{member}") as source:
@@ -91,7 +111,7 @@ class GivenModel:
 
 @contextmanager
 def _opened(path: Path, member: str) -> Iterator[IO[bytes] | None]:
-    """A file of a folder or zip, None if there is none."""
+    """A file of a folder or zip, None if there is none. Raises as `opened_zip`."""
     if path.is_dir():
         if not (path / member).is_file():
             yield None
@@ -99,12 +119,55 @@ def _opened(path: Path, member: str) -> Iterator[IO[bytes] | None]:
         with open(path / member, "rb") as file:
             yield file
         return
-    with zipfile.ZipFile(path) as zipped:
+    with opened_zip(path) as zipped:
         if member not in zipped.namelist():
             yield None
             return
         with zipped.open(member) as file:
             yield file
+
+
+@contextmanager
+def opened_zip(path: Path) -> Iterator[zipfile.ZipFile]:
+    """A zip from elsewhere, whose entries are checked before anything is read.
+
+    Raises:
+        ValueError: it is none or damaged, also where it is read meanwhile; an entry leads out of the zip's folder, is
+            no plain file, is encrypted, or stands there twice; or it is far larger unpacked.
+    """
+    with ExitStack() as stack:
+        try:
+            zipped = stack.enter_context(zipfile.ZipFile(path))
+            if (problem := _problem_of(zipped.infolist(), path.stat().st_size)) is None:
+                for entry in zipped.infolist():
+                    zipped.open(entry).close()
+        except (*DAMAGED, OSError, RuntimeError, ValueError) as error:
+            raise ValueError(f"{path}: got no zip ({error}), expected a model folder or an exported model.") from error
+        if problem:
+            raise ValueError(f"{path}: got a zip {problem}. Do not use it: nothing of it was unpacked.")
+        try:
+            yield zipped
+        except DAMAGED as error:
+            raise ValueError(f"{path}: got a damaged zip ({error}), expected an exported model.") from error
+
+
+def _problem_of(entries: Sequence[zipfile.ZipInfo], packed: int) -> str | None:
+    """What speaks against unpacking them; None if nothing does."""
+    for entry in entries:
+        name, kind = entry.orig_filename, stat.S_IFMT(entry.external_attr >> 16)
+        if {"", ".", ".."} & set(name.removesuffix("/").split("/")) or re.search(r"[\\\0]|^[A-Za-z]:", name):
+            return f"with the entry {name!r}, expected names that stay in its folder"
+        if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+            return f"with {name!r}, a link or device, expected files and folders only"
+        if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            return f"with {name!r} encrypted or packed by another method than deflate, expected neither"
+    names = [entry.filename for entry in entries]
+    if len(set(names)) != len(names):
+        return f"with {max(names, key=names.count)!r} twice, expected each file once"
+    size = sum(entry.file_size for entry in entries)
+    if size > MAX_BYTES or size > max(SMALL_BYTES, MAX_RATIO * packed):
+        return f"of {size} bytes unpacked from {packed}, expected at most {MAX_BYTES}, and {MAX_RATIO} times as many"
+    return None
 
 
 def read_model(path: Path) -> GivenModel:
@@ -113,7 +176,8 @@ def read_model(path: Path) -> GivenModel:
     Raises:
         FileNotFoundError: there is no such path.
         ValueError: no model in it or several, no finished fold, plans or labels that cannot be read, region-based
-            labels, labels that are not 1..n, or a cascade's second stage.
+            labels, labels that are not 1..n, names that lead out of their folder, a zip that `opened_zip` refuses, or
+            a cascade's second stage.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: got nothing there, expected a model folder of nnU-Net or a zip.")
@@ -124,22 +188,55 @@ def read_model(path: Path) -> GivenModel:
     folds = tuple(sorted((f if f == "all" else int(f) for f in found), key=str))
     if not folds:
         raise ValueError(f"{path}: got no fold_X/{CHECKPOINT} in {name}, expected a finished training.")
-    labels = dataset_json.get("labels", {})
-    check_regions(labels, f"dataset.json of {path}")
-    values = sorted(int(value) for key, value in labels.items() if key not in ("background", "ignore"))
-    if not values or values != list(range(1, len(values) + 1)):
-        raise ValueError(f"{path}: got the labels {labels}, expected foreground labels 1, 2, ... as nnU-Net has them.")
+    _check_dataset_json(path, dataset_json)
     model = GivenModel(path, inner, name, plans, dataset_json, folds)
-    known = sorted(plans.get("configurations", {}))
-    if model.configuration not in known:
+    check_plans(plans, str(path))
+    if model.configuration not in plans["configurations"]:
         raise ValueError(
-            f"{path}: got a model folder {name} whose configuration is not among {known} of its plans, expected "
-            "TRAINER__PLANS__CONFIGURATION as nnU-Net names it."
+            f"{path}: got a model folder {name} whose configuration is not among {sorted(plans['configurations'])} of "
+            "its plans, expected TRAINER__PLANS__CONFIGURATION as nnU-Net names it."
         )
     check_no_cascade(plans, model.configuration, str(path))
     if plans.get("plans_name") != name.split("__")[1]:
         raise ValueError(f"{path}: got plans named {plans.get('plans_name')!r} in {name}, expected those of its name.")
     return model
+
+
+def _check_dataset_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Refuse a dataset.json without nnU-Net's labels, or with other channels or file ending than it has.
+
+    Raises:
+        ValueError: see `read_model`.
+    """
+    labels = content.get("labels")
+    values: list[str] = []
+    if isinstance(labels, dict):
+        check_regions(labels, f"dataset.json of {path}")
+        values = [str(value) for key, value in labels.items() if key not in ("background", "ignore")]
+    if not values or set(values) != {str(n) for n in range(1, len(values) + 1)}:
+        raise ValueError(f"{path}: got the labels {labels}, expected foreground labels 1, 2, ... as nnU-Net has them.")
+    channels, ending = content.get("channel_names", {}), content.get("file_ending", ".nii.gz")
+    if not isinstance(channels, dict) or not all(key.isdecimal() for key in channels):
+        raise ValueError(f"{path}: got the channel_names {channels!r}, expected names by number in its dataset.json.")
+    if not is_ending(ending):
+        raise ValueError(f"{path}: got the file_ending {ending!r}, expected {EXPECTED_ENDING} in its dataset.json.")
+
+
+def check_plans(plans: Mapping[str, Any], where: str) -> None:
+    """Refuse plans without configurations, or whose names, of which nnU-Net makes folders, lead out of these.
+
+    Raises:
+        ValueError: as it says.
+    """
+    configurations = plans.get("configurations")
+    if not isinstance(configurations, dict) or not all(isinstance(each, dict) for each in configurations.values()):
+        raise ValueError(f"{where}: got plans without configurations, expected those of nnU-Net.")
+    named = [("plans_name", plans.get("plans_name")), *(("configurations", name) for name in configurations)]
+    for settings in configurations.values():
+        named += [(key, settings[key]) for key in ("data_identifier", "inherits_from") if key in settings]
+    for key, value in named:
+        if not is_name(value):
+            raise ValueError(f"{where}: got plans with {key} {value!r}, expected {EXPECTED_NAME}.")
 
 
 def check_no_cascade(plans: Mapping[str, Any], configuration: str, where: str) -> None:
@@ -165,14 +262,8 @@ def _names(path: Path) -> list[str]:
     if path.is_dir():
         found = [*path.glob("*"), *path.glob("*/*")]
         return [each.relative_to(path).as_posix() for each in found if each.is_file()]
-    try:
-        with zipfile.ZipFile(path) as zipped:
-            entries = zipped.infolist()
-    except (zipfile.BadZipFile, OSError) as error:
-        raise ValueError(f"{path}: got no zip ({error}), expected a model folder or an exported model.") from error
-    if (size := sum(entry.file_size for entry in entries)) > MAX_BYTES:
-        raise ValueError(f"{path}: got a zip of {size} bytes unpacked, expected at most {MAX_BYTES}.")
-    return [entry.filename for entry in entries]
+    with opened_zip(path) as zipped:
+        return zipped.namelist()
 
 
 def _model_folder(path: Path, names: Sequence[str]) -> tuple[str, str]:
@@ -186,7 +277,7 @@ def _model_folder(path: Path, names: Sequence[str]) -> tuple[str, str]:
             "TRAINER__PLANS__CONFIGURATION in nnUNet_results, or a zip with one."
         )
     name = path.resolve().name if path.is_dir() else PurePosixPath(inner[0]).name
-    if len(name.split("__")) != 3 or not re.fullmatch(r"[\w.-]+", name):
+    if len(name.split("__")) != 3 or not re.fullmatch(r"[\w.-]+", name) or not is_name(name):
         raise ValueError(f"{path}: got a model folder named {name!r}, expected TRAINER__PLANS__CONFIGURATION.")
     return inner[0], name
 
@@ -201,10 +292,4 @@ def _json(path: Path, member: str) -> dict[str, Any]:
         if file is None:
             raise ValueError(f"{path}: got no {member}, expected nnU-Net's file of that name beside the folds.")
         text = file.read(MAX_JSON_BYTES + 1)
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{path}: got a {member} that is no JSON ({error}), expected nnU-Net's own.") from error
-    if len(text) > MAX_JSON_BYTES or not isinstance(content, dict):
-        raise ValueError(f"{path}: got a {member} that is too large or no JSON object, expected nnU-Net's own.")
-    return content
+    return parse_json(text, f"{path}: {member}", "nnU-Net's own")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from nnunet_cil.untrusted import read_json
 
 
 def cumulative_labels(steps_classes: Sequence[Sequence[str]], step: int) -> dict[str, int]:
@@ -68,19 +69,24 @@ def read_unlabelled(path: Path) -> dict[str, tuple[str, ...]]:
             line for each label that a case lacks.
 
     Raises:
+        FileNotFoundError: there is no such file.
         ValueError: it is neither.
     """
     if path.suffix == ".json":
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or not all(isinstance(names, list) for names in content.values()):
+        content = read_json(path, "an object of lists")
+        if not all(isinstance(names, list) for names in content.values()):
             raise ValueError("got no object of lists")
         pairs = [(case, str(name)) for case, names in content.items() for name in names]
     else:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file)
-            if not {"case", "class"} <= set(rows.fieldnames or ()):
-                raise ValueError(f"got the columns {rows.fieldnames}")
-            pairs = [((row["case"] or "").strip(), (row["class"] or "").strip()) for row in rows]
+        try:
+            with path.open(newline="", encoding="utf-8-sig") as file:
+                rows = csv.DictReader(file)
+                columns = rows.fieldnames
+                pairs = [tuple((row.get(key) or "").strip() for key in ("case", "class")) for row in rows]
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"got no CSV in UTF-8 ({error})") from error
+        if not {"case", "class"} <= set(columns or ()):
+            raise ValueError(f"got the columns {columns}")
     found: dict[str, dict[str, None]] = {}
     for case, name in pairs:
         found.setdefault(case, {})[name] = None

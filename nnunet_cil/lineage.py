@@ -7,6 +7,7 @@ and mix-ups; they are no signatures.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -20,18 +21,21 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_cil.block import BLOCK_KEY
-from nnunet_cil.given_model import CHECKPOINT, MAX_JSON_BYTES
+from nnunet_cil.given_model import CHECKPOINT
 from nnunet_cil.step_files import write_json
 from nnunet_cil.teacher import PROTOTYPE_FILE, sha256_of
+from nnunet_cil.untrusted import EXPECTED_ENDING, MAX_JSON_BYTES, check_extent, is_ending, is_name, read_json
 
 LINEAGE_FILE = "lineage.json"
 CHAIN_FILE = "chain.json"
 FORMAT = 1
 GIVEN = "given"
-CHANGEABLE_KEYS = frozenset({"device", "test", "variants", "nsd_tolerance_mm"})
+CHANGEABLE_KEYS = frozenset({"device", "test", "variants", "nsd_tolerance_mm", "guard"})
 """Keys of a schedule that are no part of a training that was done."""
+CHAIN_EXPECTED = "what nnunet-cil wrote there. Put the original back, or remove the chain's folders to start anew"
 PACKAGES = ("nnunet-cil", "nnunetv2", "torch", "numpy")
 _SEAL = "digest"
+_CHAIN_LISTS = ("datasets", "forgotten", "mirror_axes")
 _MODEL_FILES = ("plans.json", "dataset.json")
 _UNREADABLE = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error)
 _AnyPath = Path | zipfile.Path
@@ -89,7 +93,8 @@ def read_sealed(path: _AnyPath) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: got no file, expected the one that nnunet-cil wrote there.")
     try:
         text = _read(path)
-        content = _parsed(text)
+        content, plain = _parsed(text), json.loads(text)
+        check_extent(plain)
     except _UNREADABLE as error:
         raise ValueError(f"{path}: got a file that cannot be read ({error}), expected JSON.") from error
     expected = content.pop(_SEAL, None) if isinstance(content, dict) else None
@@ -103,7 +108,57 @@ def read_sealed(path: _AnyPath) -> dict[str, Any]:
             f"{path}: got content of sha256 {got}, expected {expected} as it says itself. It was changed or damaged: "
             "put the original back."
         )
-    return json.loads(text)
+    return plain
+
+
+def check_chain(content: Mapping[str, Any], path: _AnyPath) -> None:
+    """Refuse the content of a ``chain.json`` that has not its form, or whose names lead out of their folders.
+
+    Raises:
+        ValueError: saying what is wrong.
+    """
+    schedule, plans_name = content.get("schedule"), content.get("plans_name")
+    problem = None
+    if not is_name(content.get("name")) or not (plans_name is None or is_name(plans_name)):
+        problem = "another name than of a chain and of plans"
+    elif not _has(schedule, {"method": dict, "training": dict, "steps": list}) or not all(
+        isinstance(step, dict) for step in schedule["steps"]
+    ):
+        problem = "no settings and steps"
+    elif not _has({"forgotten": [], "mirror_axes": [], **content}, dict.fromkeys(_CHAIN_LISTS, list)):
+        problem = f"no lists under {', '.join(_CHAIN_LISTS)}"
+    elif len(content["datasets"]) < len(schedule["steps"]) + (schedule.get("model") is not None) or not all(
+        isinstance(number, int) and 0 < number < 1000 for number in [*content["datasets"], content.get("joint")]
+    ):
+        problem = "other dataset numbers than one a step and one for joint"
+    if problem:
+        raise ValueError(f"{path}: got {problem}, expected {CHAIN_EXPECTED}.")
+
+
+def _has(content: Any, kinds: Mapping[str, type]) -> bool:
+    return isinstance(content, dict) and all(isinstance(content.get(key), kind) for key, kind in kinds.items())
+
+
+def _check_form(content: Mapping[str, Any], source: _AnyPath) -> None:
+    """Refuse a lineage that has not its form, or whose names lead out of their folders.
+
+    Raises:
+        ValueError: it is so.
+    """
+    block, teacher = content.get(BLOCK_KEY), content.get("teacher")
+    is_own = "exported_from" not in content
+    good = (
+        {BLOCK_KEY, "teacher", "chain"} <= set(content)
+        and _has(content, {"folder": str, "files": dict, "labels": dict})
+        and (not is_own or _has(content["labels"], {"files": dict}))
+        and (is_own or _has(content, {"exported_from": dict}))
+        and (block is None or _has(block, {"settings": dict, "training": dict}))
+        and (teacher is None or _has(teacher, {"folder": str, "files": dict, "lineage": str}))
+    )
+    names = [*content["files"], *content["labels"].get("files", ())] if good else []
+    names += [*teacher["files"], *teacher["folder"].split("/")] if good and teacher is not None else []
+    if not good or not all(map(is_name, names)):
+        raise ValueError(f"{source}: got content or names that are none of a lineage, expected what a training writes.")
 
 
 def _plans_digest(path: _AnyPath, block: Mapping[str, Any] | None) -> str:
@@ -265,6 +320,7 @@ def check_fold(fold: _AnyPath, files: Files, without_prototypes: bool = False) -
     content = files.read_sealed(source)
     if content.get("format") != FORMAT:
         raise ValueError(f"{source}: got format {content.get('format')}, expected {FORMAT}: use a newer nnunet-cil.")
+    _check_form(content, source)
     for name, expected in content["files"].items():
         if not (without_prototypes and name == PROTOTYPE_FILE and not (fold / name).is_file()):
             _check(fold, name, expected, source, files, content[BLOCK_KEY])
@@ -326,7 +382,8 @@ def verify_chain(folder: Path, files: Files) -> Iterator[str]:
     folder = folder.absolute()
     results = folder.parent
     chain = files.read_sealed(folder / CHAIN_FILE)
-    dataset_name = chain["name"].replace("-", "_")
+    check_chain(chain, folder / CHAIN_FILE)
+    dataset_name = glob.escape(chain["name"].replace("-", "_"))
     found = False
     for number in [*chain["datasets"], chain["joint"]]:
         given = number == chain["datasets"][0] and chain["schedule"].get("model") is not None
@@ -368,7 +425,9 @@ def _verify_link(fold: Path, chain_file: Path, chain: str, files: Files) -> str:
 
 def _verify_labels(fold: Path, expected: Mapping[str, str], files: Files) -> str:
     """Compare the labels of a step wherever they still are: in the raw dataset, and beside the preprocessed one."""
-    ending = json.loads(_place(fold, "dataset.json").read_text(encoding="utf-8"))["file_ending"]
+    path = _place(fold, "dataset.json")
+    if not is_ending(ending := read_json(path, "that of a model").get("file_ending")):
+        raise ValueError(f"{path}: got the file_ending {ending!r}, expected {EXPECTED_ENDING}.")
     raw, preprocessed = _data_folders(fold.parents[2])
     dataset = fold.parts[-3]
     places = (raw / dataset / "labelsTr", preprocessed / dataset / "gt_segmentations")

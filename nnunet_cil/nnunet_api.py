@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import pickle
+import pydoc
 import shlex
 import shutil
 import sys
@@ -25,15 +26,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 
+from nnunet_cil.checkpoint import read_checkpoint
 from nnunet_cil.parallel import TELL_EVERY_SECONDS, worker_count
 from nnunet_cil.surface_scores import surface_scores
+from nnunet_cil.untrusted import EXPECTED_NAME, is_name
 
 logger = logging.getLogger(__name__)
 
 UNREADABLE = (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, pickle.UnpicklingError)
 """What reading a model's files raises if they are truncated or of another program."""
 PATH_VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+NETWORK_PACKAGES = ("torch", "dynamic_network_architectures", "nnunetv2")
+"""From where the classes may be that plans name; nnU-Net itself would import and call anything."""
+MAX_OF_NETWORK = 10_000  # stages, convolutions, features, kernel sizes
 
 
 def nnunet_paths() -> dict[str, Path]:
@@ -64,10 +71,15 @@ def training_cases(raw_folder: Path) -> dict[str, tuple[list[Path], Path]]:
     """Cases of a raw dataset: ``{case: (image files by channel, label file)}``; nnU-Net's own listing.
 
     Nothing is checked to exist beyond what nnU-Net lists.
+
+    Raises:
+        ValueError: a case's name leads out of its folder, as one under ``dataset`` in dataset.json can.
     """
     from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
     listed = get_filenames_of_train_images_and_targets(str(raw_folder))
+    if bad := [case for case in listed if not is_name(str(case))]:
+        raise ValueError(f"{raw_folder}: got the case {str(bad[0])!r}, expected names of {EXPECTED_NAME}.")
     return {
         str(case): ([Path(image) for image in files["images"]], Path(files["label"])) for case, files in listed.items()
     }
@@ -328,7 +340,7 @@ def trainer_class(name: str) -> Any:
 
     try:
         return recursive_find_trainer_class_by_name(name)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AssertionError) as error:  # not there, no text, or no trainer
         raise ValueError(f"trainer: got {name!r}, which nnU-Net does not find: {error}") from error
 
 
@@ -386,6 +398,7 @@ def predict(
     output.mkdir(parents=True, exist_ok=True)
     predictor = nnUNetPredictor(device=device, allow_tqdm=False)
     try:
+        read_checkpoint(model_folder / f"fold_{fold}" / "checkpoint_final.pth", mapped=True)  # nnU-Net unpickles it
         predictor.initialize_from_trained_model_folder(str(model_folder), (fold,), "checkpoint_final.pth")
     except UNREADABLE as error:
         raise ValueError(
@@ -408,9 +421,11 @@ def predict(
             if not Path(f"{stored}.pkl").is_file():
                 partial = preprocessed / "partial" / case
                 partial.parent.mkdir(parents=True, exist_ok=True)
-                preprocess_case(images[case], None, partial, manager.plans, configuration, dataset_json)
-                for part in (".b2nd", "_seg.b2nd", ".pkl"):
-                    os.replace(f"{partial}{part}", f"{stored}{part}")
+                with FileLock(f"{partial}.lock"):  # other models are predicted meanwhile, where trainings are jobs
+                    if not Path(f"{stored}.pkl").is_file():
+                        preprocess_case(images[case], None, partial, manager.plans, configuration, dataset_json)
+                        for part in (".b2nd", "_seg.b2nd", ".pkl"):
+                            os.replace(f"{partial}{part}", f"{stored}{part}")
             data, _, _, properties = preprocessed_dataset(preprocessed).load_case(case)
             logits = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(data[:])).cpu()
 
@@ -467,15 +482,68 @@ def build_network(plans: Mapping[str, Any], dataset_json: Mapping[str, Any], con
     """The network that nnU-Net would build to predict with this model; no deep supervision, on the CPU.
 
     Raises:
-        ValueError: nnU-Net does not find the trainer.
+        ValueError: nnU-Net does not find the trainer, or the plans name something else than modules.
     """
     from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 
     manager = plans_manager(plans)
     chosen = manager.get_configuration(configuration)
+    check_architecture(plans, configuration)
     n_inputs = determine_num_input_channels(manager, chosen, dict(dataset_json))
     n_outputs = manager.get_label_manager(dict(dataset_json)).num_segmentation_heads
     return network_of(trainer, manager, chosen, n_inputs, n_outputs, enable_deep_supervision=False)
+
+
+def check_architecture(plans: Mapping[str, Any], configuration: str) -> None:
+    """Refuse plans whose network is not made of modules: nnU-Net imports what they name, and calls it.
+
+    Raises:
+        ValueError: they name anything but modules of ``NETWORK_PACKAGES``.
+    """
+    try:
+        chosen = plans_manager(plans).get_configuration(configuration)
+        parts = [chosen.network_arch_init_kwargs[key] for key in chosen.network_arch_init_kwargs_req_import]
+        network = chosen.network_arch_class_name
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"plans: {configuration}: got no architecture that can be read ({error!r}), expected that of nnU-Net."
+        ) from error
+    for name in [network, *(part for part in parts if part is not None)]:
+        known = isinstance(name, str) and name.split(".")[0] in NETWORK_PACKAGES
+        found = _located(name, may_have_moved=name == network) if known else None
+        if not (isinstance(found, type) and issubclass(found, torch.nn.Module)):
+            raise ValueError(
+                f"plans: {configuration}: architecture: got {name!r}, expected a module of {NETWORK_PACKAGES}, as "
+                "nnU-Net calls what stands there. Do not use these plans, unless you know why they name it."
+            )
+    if large := [number for number in _whole_numbers(chosen.network_arch_init_kwargs) if number > MAX_OF_NETWORK]:
+        raise ValueError(
+            f"plans: {configuration}: architecture: got {large[0]}, expected stages, features and kernels of at most "
+            f"{MAX_OF_NETWORK}."
+        )
+
+
+def _located(name: str, may_have_moved: bool) -> Any:
+    """What nnU-Net takes for a dotted name, also where a network once lay in another module; None if nothing."""
+    import dynamic_network_architectures
+    from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+
+    try:
+        found = pydoc.locate(name)
+    except pydoc.ErrorDuringImport:
+        return None
+    if found is not None or not may_have_moved:
+        return found
+    folder = os.path.join(dynamic_network_architectures.__path__[0], "architectures")
+    return recursive_find_python_class(folder, name.split(".")[-1], "dynamic_network_architectures.architectures")
+
+
+def _whole_numbers(value: Any) -> Iterator[int]:
+    if isinstance(value, int):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for child in value.values() if isinstance(value, dict) else value:
+            yield from _whole_numbers(child)
 
 
 def network_of(

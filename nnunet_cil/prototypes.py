@@ -6,6 +6,7 @@ Sections 2 to 4 of docs/method.md.
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -22,6 +23,7 @@ from nnunet_cil.losses.distillation import at_least_float32
 
 TARGET_CONFIDENCE = 0.9
 FALLBACK_TEMPERATURE = 0.1
+MAX_BYTES = 100_000_000  # of stored prototypes
 
 
 class _MaskedSums(torch.autograd.Function):
@@ -173,6 +175,9 @@ class PrototypeStore:
             ValueError: the file is truncated, or its content is not a consistent set of prototypes.
         """
         try:
+            with zipfile.ZipFile(path) as zipped:
+                if (size := sum(entry.file_size for entry in zipped.infolist())) > MAX_BYTES:
+                    raise ValueError(f"{size} bytes unpacked")
             with np.load(path, allow_pickle=False) as file:
                 raw = {f.name: file[f.name] for f in fields(cls)}
             store = cls(

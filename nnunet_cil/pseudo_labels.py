@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 
 from nnunet_cil import nnunet_api
 
@@ -185,7 +186,10 @@ class PseudoLabelCache:
             seg, known = np.asarray(seg[:]), (ruled_out or {}).get(case, ())
             if self.has(case, seg, known):
                 continue
-            self._add(case, seg, known, teacher_logits(image), accepts, patch_size, with_annotated)
+            with FileLock(self.folder / f"{case}.lock"):  # other methods fill it meanwhile, where trainings are jobs
+                if self.has(case, seg, known):
+                    continue
+                self._add(case, seg, known, teacher_logits(image), accepts, patch_size, with_annotated)
             made += 1
             if monotonic() - told > 10:
                 told = monotonic()

@@ -18,8 +18,17 @@ from typing import Any
 
 import yaml
 
-from nnunet_cil.given_model import GivenModel, read_model
+from nnunet_cil.given_model import GivenModel, check_plans, read_model
 from nnunet_cil.labels import check_regions, read_unlabelled
+from nnunet_cil.untrusted import (
+    EXPECTED_ENDING,
+    EXPECTED_NAME,
+    MAX_NAME_BYTES,
+    check_extent,
+    is_ending,
+    is_name,
+    read_json,
+)
 
 METHOD_DEFAULTS: Mapping[str, Any] = {
     "lambda_pgcd": 1.0,
@@ -79,10 +88,16 @@ INTENSITY_KEYS = ("mean", "std", "percentile_00_5", "percentile_99_5")
 OPTIONAL_INTENSITY_KEYS = ("min", "max", "median")
 AMP_CHOICES = ("auto", "off", "bfloat16", "float16")
 DEVICES = ("auto", "cuda", "cpu", "mps")
+ON_FORGETTING = ("warn", "stop")
+SET_BY_KEYS = ("partition", "account", "gpus-per-node", "cpus-per-task", "mem", "time")
+SET_BY_US = ("array", "dependency", "error", "kill-on-invalid-dep", "open-mode", "output", "requeue", "signal")
 RESERVED = ("background", "ignore")
 UNLABELLED_FILES = ("unlabelled.csv", "unlabelled.json")
 UNLABELLED = "a CSV with the columns case and class, or a JSON object of cases with lists of labels"
 MIN_STAGES = 3
+MAX_FILE_BYTES = 1_000_000
+MAX_ENTRIES = 100_000
+_NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_-]{{0,{MAX_NAME_BYTES // 2 - 1}}}")
 
 
 def kept_source(chain_folder: Path, step: int) -> Path:
@@ -173,6 +188,39 @@ class Intensity:
 
 
 @dataclass(frozen=True)
+class Guard:
+    """When an organ of an earlier step counts as weakened or lost, and whether a chain stops where one is lost.
+
+    ``weakened``: drop of Dice; ``lost``: share of the Dice before; ``agreement``: Dice between the masks of two models,
+    where no labels say how good either is. All in [0, 1].
+    """
+
+    on_forgetting: str = "warn"
+    weakened: float = 0.03
+    lost: float = 0.5
+    agreement: float = 0.8
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """What a training takes that is a job: ``jobs`` at once on this machine, all else on a Slurm cluster.
+
+    ``gpus``: a number, or kind and number as ``a100:1``; None means 1, and 0 where ``device`` is no GPU of Slurm's.
+    ``setup``: lines of shell before it. ``sbatch``: further options, without their dashes.
+    """
+
+    jobs: int = 1
+    partition: str | None = None
+    account: str | None = None
+    gpus: int | str | None = None
+    cpus: int = 8
+    memory_gb: float = 32.0
+    hours: float = 24.0
+    setup: tuple[str, ...] = ()
+    sbatch: Mapping[str, str | int | bool] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Schedule:
     """A checked schedule; see docs/schedule.md for what each key means."""
 
@@ -196,9 +244,11 @@ class Schedule:
     method: Mapping[str, Any] = field(default_factory=lambda: dict(METHOD_DEFAULTS))
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     nsd_tolerance_mm: float = 2.0
+    guard: Guard = field(default_factory=Guard)
     model: GivenModel | None = None
     dataset_id: int | None = None
     device: str = "auto"
+    launcher: Launcher = field(default_factory=Launcher)
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -223,7 +273,7 @@ class Schedule:
     def to_dict(self) -> dict[str, Any]:
         """The settings in force, JSON-able; data sources and test set as the user wrote them, so without our paths.
 
-        Of what is unlabelled there is a digest, as it may be long.
+        Of what is unlabelled there is a digest, as it may be long. The launcher has no part in what is trained.
         """
         return {
             "name": self.name,
@@ -250,6 +300,7 @@ class Schedule:
             "method": dict(self.method),
             "variants": {name: dict(settings) for name, settings in self.variants.items()},
             "nsd_tolerance_mm": self.nsd_tolerance_mm,
+            "guard": asdict(self.guard),
             "device": self.device,
         }
 
@@ -271,8 +322,10 @@ KEYS = (
     "method",
     "variants",
     "nsd_tolerance_mm",
+    "guard",
     "dataset_id",
     "device",
+    "launcher",
     "steps",
 )
 
@@ -299,7 +352,10 @@ def load_schedule(path: Path | str) -> Schedule:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: got no file, expected a schedule in YAML.")
     try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise ValueError(f"more than {MAX_FILE_BYTES} bytes")
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+        check_extent(raw, MAX_ENTRIES)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: also a date such as 2001-99-99
         raise ScheduleError(f"{path}: got no valid YAML: {error}") from error
     return _Reader(path, raw).schedule()
@@ -352,13 +408,15 @@ class _Reader:
             "images": self._choice("images", raw.get("images", "shared"), ("shared", "disjoint")),
             "configuration": self._choice("configuration", raw.get("configuration", "3d_fullres"), CONFIGURATIONS),
             "folds": self._folds(raw.get("fold", "all")),
-            "trainer": self._text("trainer", raw.get("trainer", "nnUNetTrainerPGCD")),
+            "trainer": self._class_of_nnunet("trainer", raw.get("trainer", "nnUNetTrainerPGCD")),
             "mirror_axes": self._numbers("mirror_axes", raw.get("mirror_axes"), int, empty=True),
             "device": self._choice("device", raw.get("device", "auto"), DEVICES),
             "dataset_id": self._dataset_id(raw.get("dataset_id")),
+            "launcher": self._launcher(raw.get("launcher")),
             "training": self._training(raw.get("training")),
             "method": self._method("method", raw.get("method"), METHOD_DEFAULTS),
             "nsd_tolerance_mm": self._tolerance(raw.get("nsd_tolerance_mm", 2.0)),
+            "guard": self._guard(raw.get("guard")),
             "intensity": self._intensity(raw.get("intensity", "step1")),
             **self._plans(raw.get("plans")),
         }
@@ -392,19 +450,23 @@ class _Reader:
     def _known_keys(self, where: str, mapping: Mapping, known: Sequence[str]) -> None:
         for key in mapping:
             if key not in known:
-                near = difflib.get_close_matches(str(key), known, 1)
+                near = difflib.get_close_matches(str(key)[:100], known, 1)
                 hint = f" (did you mean {near[0]!r}?)" if near else ""
                 self.problem(f"{where}{key}", f"an unknown key{hint}", f"one of {', '.join(known)}")
 
     def _name(self, value: Any) -> str:
-        if not (isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", value)):
-            self.problem("name", repr(value), "letters, digits, - and _, as it becomes part of folder names")
+        if not (isinstance(value, str) and _NAME.fullmatch(value)):
+            self.problem(
+                "name",
+                repr(value),
+                f"letters, digits, - and _, as it becomes part of folder names: at most {MAX_NAME_BYTES // 2}",
+            )
             return ""
         return value
 
-    def _text(self, key: str, value: Any) -> str:
-        if not isinstance(value, str) or not value:
-            self.problem(key, repr(value), "text")
+    def _class_of_nnunet(self, key: str, value: Any) -> str:
+        if not isinstance(value, str) or not value.isidentifier() or not is_name(value):
+            self.problem(key, repr(value), "text: the name of a class")
             return ""
         return value
 
@@ -511,12 +573,15 @@ class _Reader:
             return {}
         variants = {}
         for name, changes in value.items():
-            if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-                self.problem(f"variants: {name}", repr(name), "lower-case letters, digits and _")
+            if not re.fullmatch(rf"[a-z][a-z0-9_]{{0,{MAX_NAME_BYTES // 2 - 1}}}", name):
+                self.problem(
+                    f"variants: {name}", repr(name), f"lower-case letters, digits and _: at most {MAX_NAME_BYTES // 2}"
+                )
             if not isinstance(changes, dict) or not changes:
                 self.problem(f"variants: {name}", repr(changes), "a mapping of settings, as in `method`")
                 continue
-            trainer = self._text(f"variants: {name}: trainer", changes.get("trainer", self.raw.get("trainer") or "-"))
+            trainer = changes.get("trainer", "nnUNetTrainer")
+            self._class_of_nnunet(f"variants: {name}: trainer", trainer)
             settings = {key: v for key, v in changes.items() if key != "trainer"}
             whole = self._method(f"variants: {name}", settings, base)
             variants[name] = {key: whole[key] for key in settings if key in whole}
@@ -529,6 +594,42 @@ class _Reader:
             self.problem("nsd_tolerance_mm", repr(value), "a positive number of millimetres")
             return 2.0
         return float(value)
+
+    def _guard(self, value: Any) -> Guard:
+        given = self._mapping("guard", value, [f.name for f in fields(Guard)])
+        if "on_forgetting" in given:
+            self._choice("guard: on_forgetting", given["on_forgetting"], ON_FORGETTING)
+        for key, v in given.items():
+            if key != "on_forgetting" and not (_is_float(v) and 0 <= v <= 1):
+                self.problem(f"guard: {key}", repr(v), "a number from 0 to 1")
+        return Guard(**given)
+
+    def _launcher(self, value: Any) -> Launcher:
+        given = self._mapping("launcher", value, [f.name for f in fields(Launcher)])
+        checks: dict[str, tuple[Callable[[Any], bool], str]] = {
+            "jobs": (lambda v: _is_int(v) and v > 0, "a positive number"),
+            "partition": (lambda v: v is None or (isinstance(v, str) and v), "text"),
+            "account": (lambda v: v is None or (isinstance(v, str) and v), "text"),
+            "gpus": (
+                lambda v: v is None or (_is_int(v) and v >= 0) or (isinstance(v, str) and re.fullmatch(r"\S+:\d+", v)),
+                "a number from 0 on, or kind and number such as a100:1",
+            ),
+            "cpus": (lambda v: _is_int(v) and v > 0, "a positive number"),
+            "memory_gb": (lambda v: _is_float(v) and v > 0, "a positive number of gigabytes"),
+            "hours": (lambda v: _is_float(v) and v > 0, "a positive number of hours"),
+            "setup": (lambda v: isinstance(v, list) and all(isinstance(line, str) for line in v), "lines of shell"),
+            "sbatch": (lambda v: isinstance(v, dict), "a mapping of options of sbatch to their values"),
+        }
+        for key in [key for key, v in given.items() if not checks[key][0](v)]:
+            self.problem(f"launcher: {key}", repr(given.pop(key)), checks[key][1])
+        for option, v in given.get("sbatch", {}).items():
+            if not (isinstance(option, str) and re.fullmatch(r"[a-z][a-z-]*", option)):
+                self.problem(f"launcher: sbatch: {option}", repr(option), "a long option without its dashes")
+            elif option in SET_BY_KEYS + SET_BY_US:
+                self.problem(f"launcher: sbatch: {option}", repr(v), "another option: nnunet-cil sets this one")
+            elif not (isinstance(v, str) or _is_int(v) or v is True):
+                self.problem(f"launcher: sbatch: {option}", repr(v), "text, a whole number or true")
+        return Launcher(**given | {"setup": tuple(given.get("setup", ()))})
 
     def _intensity(self, value: Any) -> Intensity:
         if isinstance(value, dict):
@@ -561,7 +662,7 @@ class _Reader:
         given = self._mapping("plans", value, (*override, "planner", "base"))
         result: dict[str, Any] = {}
         if "planner" in given:
-            result["planner"] = self._text("plans: planner", given["planner"])
+            result["planner"] = self._class_of_nnunet("plans: planner", given["planner"])
         if "base" in given:
             result["base_plans"] = base = self._path("plans: base", given["base"])
             if base is not None:
@@ -590,9 +691,11 @@ class _Reader:
             self.problem("plans: base", f"no file {path}", "a plans.json of nnU-Net")
             return
         try:
-            plans = json.loads(path.read_text(encoding="utf-8"))
+            plans = read_json(path, "a plans.json of nnU-Net")
             missing = {"plans_name", "configurations", "image_reader_writer"} - set(plans)
-        except (OSError, ValueError, TypeError) as error:
+            if not missing:
+                check_plans(plans, str(path))
+        except (OSError, ValueError) as error:
             self.problem("plans: base", f"{path}: {error}", "a plans.json of nnU-Net")
             return
         if missing:
@@ -605,14 +708,14 @@ class _Reader:
         try:
             path = (self.path.parent / Path(value).expanduser()).absolute()
             path.exists()
-        except (OSError, RuntimeError) as error:  # a name too long, an unknown user after ~
+        except (OSError, RuntimeError, ValueError) as error:  # a name too long, an unknown user after ~, a null byte
             self.problem(key, f"{value[:80]!r} ({getattr(error, 'strerror', None) or error})", "a path")
             return None
         return path
 
     def _dataset(self, key: str, value: Any) -> Path | None:
         """A raw dataset by path, or by name or number in nnUNet_raw; checked to be one."""
-        if _is_int(value) or (isinstance(value, str) and re.fullmatch(r"Dataset\d{3}_[^/\\]+", value)):
+        if _is_int(value) or (is_name(value) and re.fullmatch(r"Dataset\d{3}_.+", value)):
             folder = self._named_dataset(key, value)
         else:
             folder = self._path(key, value)
@@ -644,14 +747,15 @@ class _Reader:
 
     def _labels_of(self, key: str, folder: Path) -> dict[str, int] | None:
         try:
-            content = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+            content = read_json(folder / "dataset.json", "nnU-Net's dataset.json")
             labels = content["labels"]
             check_regions(labels, str(folder / "dataset.json"))
             values = {str(name): int(value) for name, value in labels.items()}
             needed = {"channel_names", "file_ending"} - set(content)
             if needed or values.get("background") != 0:
                 raise KeyError(f"{sorted(needed) or 'label background: 0'}")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            _check_dataset_json(content)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             if "region" in str(error):
                 self.problems.append(f"{self.path}: {key}: {error}")
             else:
@@ -779,7 +883,7 @@ class _Reader:
             return {}
         try:
             found = read_unlabelled(path)
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             self.problem(key, f"{path}: {error}", UNLABELLED)
             return {}
         if unknown := sorted(set(found) - cases):
@@ -806,8 +910,11 @@ class _Reader:
     def _kept_source(self, number: int) -> Path | None:
         """What the chain kept of a step's dataset, whose scans may be gone once they are trained on."""
         results = os.environ.get("nnUNet_results")  # noqa: SIM112  (nnU-Net's spelling)
-        folder = kept_source(Path(results or "").absolute() / f"chain_{self.raw.get('name')}", number)
-        return folder if results and (folder / "dataset.json").is_file() else None
+        name = self.raw.get("name")
+        if not results or not isinstance(name, str) or not _NAME.fullmatch(name):
+            return None
+        folder = kept_source(Path(results).absolute() / f"chain_{name}", number)
+        return folder if (folder / "dataset.json").is_file() else None
 
     def _class_map(self, key: str, value: Any, folder: Path | None) -> dict[str, str | None] | None:
         if isinstance(value, dict) and folder is not None:  # own labels may be given by number
@@ -856,9 +963,11 @@ class _Reader:
         if path is None:
             return None, None
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path, "a split")
             test, train = content["test"], content.get("train")
-            if not all(isinstance(name, str) for name in [*test, *(train or [])]) or not test:
+            if not test or not all(isinstance(names, list) for names in (test, train or [])):
+                raise ValueError("subjects must be lists")
+            if not all(isinstance(name, str) for name in [*test, *(train or [])]):
                 raise ValueError("subjects must be names")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             self.problem("test", f"{path}: {error}", "a JSON object with the key 'test' (names), and maybe 'train'")
@@ -931,7 +1040,7 @@ class _Reader:
             self.problem(f"{key}: subjects", repr(subjects), "a list of subject names")
             return None
         ending = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["file_ending"]
-        missing = [s for s in subjects if not (images / f"{s}_0000{ending}").is_file()]
+        missing = [s for s in subjects if not (is_name(s) and (images / f"{s}_0000{ending}").is_file())]
         if missing and not self._lists_files(folder):
             shown = f"{missing[:5]}{' ...' * (len(missing) > 5)}"
             self.problem(key, f"{len(missing)} subjects that do not exist: {shown}", f"names from {images}")
@@ -944,6 +1053,28 @@ def _cases_in(images: Path) -> set[str]:
     """Names of the cases in a folder of images in nnU-Net's naming; none where there is no folder."""
     files = images.iterdir() if images.is_dir() else ()
     return {re.sub(r"_\d{4}\..*$", "", file.name) for file in files}
+
+
+def _check_dataset_json(content: Mapping[str, Any]) -> None:
+    """Refuse what no dataset of nnU-Net has beside its labels, and names of cases that lead out of its folders.
+
+    Raises:
+        ValueError: saying what is missing.
+    """
+    channels, ending, listed = content["channel_names"], content["file_ending"], content.get("dataset", {})
+    if not isinstance(channels, dict) or not all(key.isdecimal() for key in channels):
+        raise ValueError(f"channel_names by number: {channels!r}")
+    if not is_ending(ending):
+        raise ValueError(f"{EXPECTED_ENDING} as file_ending: {ending!r}")
+    if not isinstance(listed, dict) or not all(map(_is_listed_case, listed.values())):
+        raise ValueError("images and label of each case under dataset")
+    if bad := [name for name in listed if not is_name(name)]:
+        raise ValueError(f"names of cases with {EXPECTED_NAME}: {bad[0]!r}")
+
+
+def _is_listed_case(entry: Any) -> bool:
+    files = [*entry["images"], entry["label"]] if isinstance(entry, dict) and {"images", "label"} <= set(entry) else [0]
+    return all(isinstance(file, str) for file in files)
 
 
 def _is_int(value: Any) -> bool:

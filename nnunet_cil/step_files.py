@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from nnunet_cil.untrusted import read_json
+
 STEP_FILE = "cil_step.json"
 
 
@@ -21,7 +23,7 @@ def write_json(path: Path, content: Any) -> None:
 def read_step_file(folder: Path) -> dict | None:
     """Content of a folder's ``cil_step.json``, None if it has none (the folder is not one of ours)."""
     path = folder / STEP_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path, "what nnunet-cil wrote there: run `nnunet-cil prepare` again") if path.is_file() else None
 
 
 def count_whole_cases(folder: Path) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +14,10 @@ from torch import nn
 
 from nnunet_cil import nnunet_api
 from nnunet_cil.block import BLOCK_KEY
+from nnunet_cil.checkpoint import read_checkpoint
 from nnunet_cil.features import last_decoder_stage
 from nnunet_cil.prototypes import PrototypeStore
+from nnunet_cil.untrusted import read_json
 
 PROTOTYPE_FILE = "prototypes.npz"
 _HEAD = "decoder.seg_layers."
@@ -64,8 +65,8 @@ def load_teacher(model_folder: Path, fold: int | str, checkpoint_name: str, devi
 
     Raises:
         FileNotFoundError: the folder, its plans.json or dataset.json, or the fold's checkpoint is missing.
-        ValueError: the checkpoint is truncated, not one of nnU-Net, or does not fit its own plans and dataset.json;
-            its trainer is not found, or has a network that cannot be extended.
+        ValueError: the checkpoint is truncated, not one of nnU-Net, holds code, or does not fit its own plans and
+            dataset.json; its trainer is not found, or has a network that cannot be extended.
     """
     checkpoint_path = model_folder / f"fold_{fold}" / checkpoint_name
     for path in (model_folder / "plans.json", model_folder / "dataset.json", checkpoint_path):
@@ -75,29 +76,36 @@ def load_teacher(model_folder: Path, fold: int | str, checkpoint_name: str, devi
                 "fold) first: `nnunet-cil run SCHEDULE` does it in order."
             )
     try:
-        plans = json.loads((model_folder / "plans.json").read_text(encoding="utf-8"))
-        dataset_json = json.loads((model_folder / "dataset.json").read_text(encoding="utf-8"))
-        checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=False)
+        plans = read_json(model_folder / "plans.json", "nnU-Net's plans")
+        dataset_json = read_json(model_folder / "dataset.json", "that of a model of nnU-Net")
+        checkpoint = read_checkpoint(checkpoint_path)
         weights = checkpoint["network_weights"]
         configuration = checkpoint["init_args"]["configuration"]
         trainer = checkpoint["trainer_name"]
+        axes = checkpoint.get("inference_allowed_mirroring_axes")
+        mirror_axes = None if axes is None else tuple(int(axis) for axis in axes)
     except nnunet_api.UNREADABLE as error:
         raise ValueError(
             f"teacher: got an unreadable model at {checkpoint_path} ({type(error).__name__}: {error}), expected a "
             "checkpoint written by nnU-Net. It is truncated or of another program: train the step before again."
         ) from error
-    network = nnunet_api.build_network(plans, dataset_json, configuration, trainer)
+    try:
+        network = nnunet_api.build_network(plans, dataset_json, configuration, trainer)
+    except Exception as error:  # what stands in plans reaches many classes, which check it or fail on it
+        raise ValueError(
+            f"teacher: got plans in {model_folder} of which no network can be built ({type(error).__name__}: {error}), "
+            "expected those that the model was trained with."
+        ) from error
     last_decoder_stage(network)
     try:
         network.load_state_dict(weights)
-    except RuntimeError as error:
+    except (RuntimeError, AttributeError) as error:  # AttributeError: metadata that is none
         raise ValueError(
             f"teacher: got weights in {checkpoint_path} that do not fit {model_folder / 'plans.json'} and dataset.json "
             f"beside it, expected those they were trained with. {str(error).splitlines()[0]}"
         ) from error
     network.to(device).eval().requires_grad_(False)
     prototype_path = checkpoint_path.with_name(PROTOTYPE_FILE)
-    axes = checkpoint.get("inference_allowed_mirroring_axes")
     return Teacher(
         network=network,
         weights=weights,
@@ -107,7 +115,7 @@ def load_teacher(model_folder: Path, fold: int | str, checkpoint_name: str, devi
         trainer=trainer,
         prototypes=PrototypeStore.load(prototype_path) if prototype_path.is_file() else None,
         sha256=sha256_of(checkpoint_path),
-        mirror_axes=None if axes is None else tuple(axes),
+        mirror_axes=mirror_axes,
     )
 
 
@@ -123,7 +131,7 @@ def inherited_from(model_folder: Path, fold: int | str) -> dict[str, Any]:
         ValueError: as `load_teacher`; so also a network that cannot be extended, or a trainer that is not found.
     """
     model = load_teacher(model_folder, fold, "checkpoint_final.pth", torch.device("cpu"))
-    network_of = model.plans.get(BLOCK_KEY, {}).get("network_of")
+    network_of = (model.plans.get(BLOCK_KEY) or {}).get("network_of")
     if nnunet_api.has_own_network(model.trainer):
         network_of = model.trainer
     return {"mirror_axes": list(model.mirror_axes or ()), "network_of": network_of}

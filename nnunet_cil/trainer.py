@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_cil import nnunet_api
 from nnunet_cil.block import BLOCK_KEY, StepBlock
+from nnunet_cil.checkpoint import read_checkpoint
 from nnunet_cil.extraction import accumulate_prototypes, random_patch, transported
 from nnunet_cil.features import FeatureTap, last_decoder_stage
 from nnunet_cil.given_model import check_no_cascade
@@ -569,7 +570,7 @@ class IncrementalTrainer(nnUNetTrainer):
             return super().save_checkpoint(filename)
         partial = f"{filename}.part"
         super().save_checkpoint(partial)
-        checkpoint = torch.load(partial, map_location="cpu", weights_only=False)
+        checkpoint = read_checkpoint(Path(partial))
         checkpoint["cil"] = {
             "objective": {} if self.objective is None else self.objective.state_dict(),
             "random": _random_state(),
@@ -583,7 +584,7 @@ class IncrementalTrainer(nnUNetTrainer):
         return None
 
     def load_checkpoint(self, filename: str) -> None:
-        resumed = torch.load(filename, map_location="cpu", weights_only=False, mmap=True).get("cil")
+        resumed = read_checkpoint(Path(filename), mapped=True).get("cil")  # before nnU-Net unpickles the file
         if resumed is None:
             raise ValueError(
                 f"{filename}: got a checkpoint that {type(self).__name__} did not write, expected one of its own to go "

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK
+from hypothesis import settings
 
 REAL_DATA = Path(os.environ.get("NNUNET_CIL_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 QUICK_SAMPLES = 10**4
@@ -17,6 +18,12 @@ QUICK_SAMPLES = 10**4
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run what takes many minutes, such as the whole demo")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.register_profile("fuzz", max_examples=10 * settings.default.max_examples)
+    if config.getoption("markexpr") == "fuzz":
+        settings.load_profile("fuzz")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

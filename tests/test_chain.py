@@ -203,9 +203,9 @@ def test_changed_schedule_starts_anew_where_nothing_was_planned(schedule, tmp_pa
     assert sorted((tmp_path / "nnUNet_raw").iterdir()) == theirs
 
 
-def test_device_and_test_may_change(schedule, tmp_path, source):
+def test_device_guard_and_test_may_change(schedule, tmp_path, source):
     start(Chain.open(schedule))
-    path = write_schedule(tmp_path / "changed.yaml", source)
+    path = write_schedule(tmp_path / "changed.yaml", source, extra="guard: {on_forgetting: stop}")
     text = path.read_text(encoding="utf-8").replace("device: cpu", "device: auto")
     path.write_text(text.replace(f"test: {source}/split.json", "test: [case_0]"))
     chain = Chain.open(load_schedule(path))

@@ -21,8 +21,11 @@ from nnunet_cil.schedule import (
     KEYS,
     METHOD_CHOICES,
     METHOD_DEFAULTS,
+    ON_FORGETTING,
     OPTIONAL_INTENSITY_KEYS,
+    Guard,
     Intensity,
+    Launcher,
     PlanOverride,
     Schedule,
     ScheduleError,
@@ -74,7 +77,7 @@ def defaults_of(cls: type) -> dict[str, Any]:
 def top_level_defaults() -> dict[str, Any]:
     known = defaults_of(Schedule)
     (fold,) = known["folds"]
-    mappings = dict.fromkeys(("plans", "training", "method", "variants", "unlabelled"))
+    mappings = dict.fromkeys(("plans", "training", "method", "variants", "unlabelled", "guard", "launcher"))
     known |= {"fold": fold, "test": known["test"] or None, "intensity": Intensity().mode, **mappings}
     return {key: known[key] for key in KEYS}
 
@@ -106,6 +109,8 @@ EXPECTED = {  # what follows "got an unknown key" is checked against a schedule 
     ),
     "training": (defaults_of(Training), {"training": {"no_key": 0}}),
     "method": (dict(METHOD_DEFAULTS), {"method": {"no_key": 0}}),
+    "guard": (defaults_of(Guard), {"guard": {"no_key": 0}}),
+    "launcher": ({**defaults_of(Launcher), "setup": None, "sbatch": None}, {"launcher": {"no_key": 0}}),
 }
 BY_NAME = dict(zip(EXPECTED, TABLES, strict=True))
 CHOICES = {
@@ -114,6 +119,7 @@ CHOICES = {
     ("top level", "intensity"): INTENSITY_MODES,
     ("top level", "device"): DEVICES,
     ("training", "amp"): AMP_CHOICES,
+    ("guard", "on_forgetting"): ON_FORGETTING,
     **{("method", key): choices for key, choices in METHOD_CHOICES.items()},
 }
 
@@ -185,7 +191,7 @@ def test_tables_name_all_choices(name, key):
 
 def test_a_written_out_default_changes_nothing(load):
     minimal = replace(load(""), raw={})
-    for name in ("top level", "plans", "training", "method"):
+    for name in ("top level", "plans", "training", "method", "guard", "launcher"):
         for key, (_, default) in BY_NAME[name].items():
             if default not in REQUIRED:
                 inner = f"{key}: {default.strip('`')}"

@@ -122,7 +122,7 @@ def test_nothing_is_overwritten_and_what_is_not_trained_is_refused(chain, archiv
         ("empty", "got no model_card.json"),
         ("two", "got 2 cards"),
         ("huge", "expected a small one"),
-        ("list", "with list, expected a JSON object"),
+        ("list", "got list, expected a JSON object"),
         ("broken", "no JSON"),
     ],
 )

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import json
 import shutil
+import stat
 import zipfile
 from pathlib import Path
+from time import monotonic, sleep
 
 import pytest
 import torch
 import yaml
 
+from nnunet_cil import nnunet_api
 from nnunet_cil.chain import Chain, write_json
 from nnunet_cil.cli.main import main
 from nnunet_cil.dataset import prepare_chain
 from nnunet_cil.driver import prepare, run, variants_of, write_report
 from nnunet_cil.export import card_text, export_model, read_card
 from nnunet_cil.given_model import read_model
+from nnunet_cil.guard import read_checks
 from nnunet_cil.prototypes import PrototypeStore
 from nnunet_cil.schedule import ScheduleError, load_schedule
+from nnunet_cil.teacher import load_teacher
 from tests.conftest import write_tiny_dataset
+from tests.fuzz import test_files as fuzz
 from tests.test_trainer import make_chain, module_patch, train  # noqa: F401  (a fixture)
 
 MODEL = "nnUNetTrainer__nnUNetPlans__3d_fullres"
@@ -88,7 +94,7 @@ BAD = {
     "no labels": (lambda root: write_model(root / MODEL, {"background": 0}), "labels 1, 2"),
     "plans of another name": (
         lambda root: write_model(root / MODEL, plans={"plans_name": "../x", "configurations": {"3d_fullres": {}}}),
-        r"plans named '\.\./x'",
+        r"plans with plans_name '\.\./x'",
     ),
     "configuration": (
         lambda root: write_model(root / MODEL, plans={"plans_name": "nnUNetPlans", "configurations": {"2d": {}}}),
@@ -122,18 +128,143 @@ def test_zips_that_are_none_hold_two_models_or_broken_json_are_refused(tmp_path)
         read_model(broken)
 
 
-def test_a_zip_cannot_write_outside_of_its_place(tmp_path):
+def entry(name: str, kind: int = 0, method: int = zipfile.ZIP_STORED) -> zipfile.ZipInfo:
+    info = zipfile.ZipInfo("x")
+    info.filename = info.orig_filename = name
+    info.external_attr, info.compress_type = kind << 16, method
+    return info
+
+
+REFUSED = {
+    "traversal": (entry(f"Dataset001_X/{MODEL}/../../../escaped"), "stay in its folder"),
+    "only upwards": (entry(".."), "stay in its folder"),
+    "absolute": (entry("/etc/escaped"), "stay in its folder"),
+    "absolute on Windows": (entry("C:/escaped"), "stay in its folder"),
+    "backslashes": (entry("a\\..\\escaped"), "stay in its folder"),
+    "no name": (entry("a//b"), "stay in its folder"),
+    "link": (entry("escaped", stat.S_IFLNK | 0o777), "a link or device"),
+    "device": (entry("escaped", stat.S_IFBLK), "a link or device"),
+    "pipe": (entry("escaped", stat.S_IFIFO), "a link or device"),
+    "there already": (entry(f"Dataset001_X/{MODEL}/plans.json"), "twice, expected each file once"),
+    "bzip2": (entry("a", method=zipfile.ZIP_BZIP2), "another method than deflate"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_zip_that_could_write_elsewhere_is_refused_whole(tmp_path, kind, capsys):
+    """Also where only cards and digests are read."""
+    info, message = REFUSED[kind]
     path = packed(write_model(tmp_path / "a" / MODEL))
     with zipfile.ZipFile(path, "a") as zipped:
-        zipped.writestr(f"Dataset001_X/{MODEL}/../../../escaped/checkpoint_final.pth", "x")
-        zipped.writestr("/etc/escaped", "x")
-    read_model(path).install(tmp_path / "deep" / "target" / MODEL, ["all"])
-    assert not list(tmp_path.rglob("escaped"))
-    hostile = tmp_path / "hostile.zip"
-    with zipfile.ZipFile(hostile, "w") as zipped:
-        zipped.writestr("../x__y__../plans.json", "{}")
-    with pytest.raises(ValueError, match=r"got no \.\./x__y__\.\./dataset.json"):
-        read_model(hostile)
+        zipped.writestr(info, "x")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=message):
+        read_model(path)
+    for command in ("info", "verify"):
+        assert main([command, str(path)]) == 1
+        assert message in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_names_with_a_null_byte_encrypted_and_too_large_zips_are_refused(tmp_path, monkeypatch):
+    path = packed(write_model(tmp_path / "a" / MODEL))
+    content = path.read_bytes()
+    at = content.index(b"PK\1\2")  # the first entry of the central directory
+    encrypted = content[: at + 8] + b"\1" + content[at + 9 :]
+    null = content.replace(b"dataset.json", b"dataset\0json")
+    for changed, message in ((encrypted, "encrypted"), (null, "stay in its folder")):
+        path.write_bytes(changed)
+        with pytest.raises(ValueError, match=message):
+            read_model(path)
+    path.write_bytes(content)
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as zipped:
+        zipped.writestr("zeros", bytes(10**6))
+    monkeypatch.setattr("nnunet_cil.given_model.SMALL_BYTES", 10**4)
+    with pytest.raises(ValueError, match="bytes unpacked from"):
+        read_model(path)
+    monkeypatch.setattr("nnunet_cil.given_model.SMALL_BYTES", 10**8)
+    assert read_model(path).classes == ("liver", "spleen")
+    monkeypatch.setattr("nnunet_cil.given_model.MAX_BYTES", 10**5)
+    with pytest.raises(ValueError, match="expected at most 100000"):
+        read_model(path)
+
+
+def test_what_macos_adds_to_a_zip_does_not_matter(tmp_path):
+    path = packed(write_model(tmp_path / "a" / MODEL))
+    with zipfile.ZipFile(path, "a") as zipped:
+        zipped.writestr(f"__MACOSX/Dataset001_X/{MODEL}/._plans.json", "x")
+        zipped.mkdir(f"Dataset001_X/{MODEL}/empty") if hasattr(zipped, "mkdir") else None
+    assert read_model(path).name == MODEL
+
+
+def test_a_damaged_zip_leaves_nothing_behind(tmp_path):
+    path = packed(write_model(tmp_path / "a" / MODEL))
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"weights all", b"weights nil"))
+    with pytest.raises(ValueError, match="got a damaged zip"):
+        read_model(path).install(tmp_path / "target" / MODEL, ["all"])
+    assert list((tmp_path / "target").iterdir()) == []
+
+
+@pytest.mark.parametrize("value", ["../x", "/x", "a/b", ".", "", "a\0b", "x" * 200, 3, None])
+@pytest.mark.parametrize("key", ["data_identifier", "inherits_from"])
+def test_plans_whose_names_lead_out_of_their_folders_are_refused(tmp_path, key, value):
+    plans = {"plans_name": "nnUNetPlans", "configurations": {"3d_fullres": {key: value}}}
+    with pytest.raises(ValueError, match=f"got plans with {key} "):
+        read_model(write_model(tmp_path / MODEL, plans=plans))
+
+
+def hostile_plans(**changes) -> dict:
+    """Plans that nnU-Net calls a program from: it imports what they name, and calls it with what they say."""
+    plans = json.loads(json.dumps(fuzz.PLANS))
+    plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"] |= changes
+    return plans
+
+
+def call(written: Path) -> dict:
+    return hostile_plans(nonlin="subprocess.Popen", nonlin_kwargs={"args": ["mkdir", str(written)]})
+
+
+def test_plans_that_name_no_module_are_refused_and_not_called(tmp_path):
+    model, written = fuzz.write_given(tmp_path), tmp_path / "written"
+    checkpoint = (model, "all", "checkpoint_final.pth", torch.device("cpu"))
+    assert load_teacher(*checkpoint).class_names == ("liver",)
+    for plans, message in (
+        (call(written), "got 'subprocess.Popen', expected a module"),
+        (hostile_plans(nonlin="torch.hub.load"), "got 'torch.hub.load', expected a module"),
+        (hostile_plans(nonlin="tests.test_given_model.MODEL"), "expected a module"),
+        (hostile_plans(n_conv_per_stage=[2**31, 1]), "at most 10000"),
+    ):
+        (model / "plans.json").write_text(json.dumps(plans))
+        with pytest.raises(ValueError, match=message):
+            load_teacher(*checkpoint)
+    assert not written.exists()
+    with pytest.raises(TypeError, match="not a Module"):
+        nnunet_api.network_of("nnUNetTrainer", *manager_of(call(written)), 1, 2)
+    deadline = monotonic() + 10
+    while not written.is_dir() and monotonic() < deadline:
+        sleep(0.01)
+    assert written.is_dir(), "without the check it is called"
+
+
+def manager_of(plans: dict) -> tuple:
+    manager = nnunet_api.plans_manager(plans)
+    return manager, manager.get_configuration("3d_fullres")
+
+
+def test_a_model_that_holds_code_is_not_installed(tmp_path, monkeypatch):
+    move_away(tmp_path, monkeypatch)
+    model = fuzz.write_given(tmp_path / "given")
+    path = model / "fold_all" / "checkpoint_final.pth"
+    torch.save({**torch.load(path, weights_only=True), "cil": fuzz.Hostile(tmp_path / "written")}, path)
+    write_tiny_dataset(tmp_path / "new", n_cases=4, seed=7, channel="CT")
+    steps = [{"dataset": "new", "classes": {2: "blob"}}]
+    schedule = load_schedule(write_extension(tmp_path, packed(model), steps=steps, test=None))
+    with pytest.raises(ValueError, match="holds code, which is not run"):
+        prepare(schedule, [], [])
+    assert not list((tmp_path / "nnUNet_results").rglob("*.pth"))
+    assert not (tmp_path / "written").exists()
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +336,8 @@ def test_a_zip_is_extended_on_another_machine_and_the_result_again(first, tmp_pa
     assert third.classes == ("ball", "blob", "sphere")
     run(third, [], [])
     last = Chain.open(third)
+    check = read_checks(last)["nnUNetPlans/step2_fold_all"]
+    assert (list(check.organs), check.n_scans) == (["ball", "blob"], 3), "without a test set, on the new scans"
     weights = torch.load(
         last.model_folder(last.variant("pgcd", 0), 2) / "fold_all" / "checkpoint_final.pth", weights_only=False
     )["network_weights"]

@@ -79,7 +79,7 @@ def test_unlabelled_is_read_from_csv_and_json(tmp_path, name, text):
     [
         ("a.csv", "case,organ\na,b\n", r"columns \['case', 'organ'\]"),
         ("a.csv", "", "columns None"),
-        ("a.json", "[]", "no object of lists"),
+        ("a.json", "[]", "expected an object of lists"),
         ("a.json", '{"case_1": "liver"}', "no object of lists"),
         ("a.json", "{", "Expecting"),
     ],

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -173,6 +174,21 @@ def test_cache_rules_out_what_a_case_labels_itself_and_is_made_anew_if_that_chan
     assert (known[3:] == 0).all(), "where the teacher says organ, or does not know"
     assert cache.fill(dataset, ["a", "b.c"], teacher, ruled_out={"a": (1,)}, **fill) == 0
     assert cache.fill(dataset, ["a", "b.c"], teacher, **fill) == 1
+
+
+def test_a_case_that_another_training_is_making_is_waited_for(tmp_path, dataset):
+    fill = {"accepts": BELIEVED, "patch_size": (4, 4, 4), "with_annotated": False}
+    cache, made = PseudoLabelCache(tmp_path, KEY), []
+    other = Thread(target=lambda: made.append(cache.fill(dataset, ["a"], teacher, **fill)))
+
+    def slow_teacher(image):
+        other.start()
+        other.join(0.5)
+        return teacher(image)
+
+    assert cache.fill(dataset, ["a"], slow_teacher, **fill) == 1
+    other.join()
+    assert made == [0]
 
 
 def test_interrupted_case_is_made_again(tmp_path, dataset):

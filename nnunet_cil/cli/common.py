@@ -19,6 +19,16 @@ def add_chain_arguments(parser: argparse.ArgumentParser) -> None:
     add_seeds_argument(parser)
 
 
+def add_launcher_argument(parser: argparse.ArgumentParser) -> None:
+    """--launcher."""
+    parser.add_argument(
+        "--launcher",
+        choices=("local", "slurm"),
+        help="make a job of each training: side by side on this machine, or on a Slurm cluster (default: one after the "
+        "other, here)",
+    )
+
+
 def add_seeds_argument(parser: argparse.ArgumentParser) -> None:
     """--seeds."""
     parser.add_argument(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from nnunet_cil.cli.common import add_chain_arguments
+from nnunet_cil.cli.common import add_chain_arguments, add_launcher_argument
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add the subcommand."""
     parser = subparsers.add_parser("compare", help="run several methods side by side and report the differences")
     add_chain_arguments(parser)
+    add_launcher_argument(parser)
     parser.set_defaults(run=run)
 
 
@@ -21,6 +22,6 @@ def run(args: argparse.Namespace) -> int:
 
     schedule = load_schedule(args.schedule)
     methods = args.methods or driver.compared_methods(schedule)
-    print(driver.run(schedule, methods, args.seeds))
+    print(driver.run(schedule, methods, args.seeds, args.launcher))
     print(f"\nReport: {driver.write_report(schedule, methods, args.seeds)}")
     return 0

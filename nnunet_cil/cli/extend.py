@@ -50,7 +50,10 @@ def run(args: argparse.Namespace) -> int:
 
     from nnunet_cil import driver
     from nnunet_cil.schedule import load_schedule
+    from nnunet_cil.untrusted import EXPECTED_NAME, is_name
 
+    if not is_name(args.name):
+        raise ValueError(f"--name: got {args.name!r}, expected {EXPECTED_NAME}.")
     path = args.schedule or Path(f"{args.name}.yaml")
     folds = [int(fold) if fold.isdigit() else fold for fold in args.fold]
     content = {

@@ -31,6 +31,8 @@ SUBCOMMANDS = (
     "demo",
 )
 INTERRUPTED = 130
+ERRORS = (ValueError, OSError, RuntimeError)
+"""What is told in a line; anything else is a mistake of ours, and shows where it arose."""
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     try:
         return args.run(args)
-    except (ValueError, OSError, RuntimeError) as error:
+    except ERRORS as error:
         logger.debug("Traceback of the error:", exc_info=True)
         print(f"nnunet-cil: error: {error}", file=sys.stderr)
         return 1

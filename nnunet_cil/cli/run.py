@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from nnunet_cil.cli.common import add_chain_arguments
+from nnunet_cil.cli.common import add_chain_arguments, add_launcher_argument
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add the subcommand."""
     parser = subparsers.add_parser("run", help="run a whole chain, or go on where it stopped")
     add_chain_arguments(parser)
+    add_launcher_argument(parser)
     parser.set_defaults(run=run)
 
 
@@ -19,5 +20,5 @@ def run(args: argparse.Namespace) -> int:
     from nnunet_cil import driver
     from nnunet_cil.schedule import load_schedule
 
-    print(driver.run(load_schedule(args.schedule), args.methods, args.seeds))
+    print(driver.run(load_schedule(args.schedule), args.methods, args.seeds, args.launcher))
     return 0

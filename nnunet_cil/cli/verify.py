@@ -39,11 +39,12 @@ def _chain_folder(schedule: Path) -> Path:
     import yaml
 
     from nnunet_cil.nnunet_api import nnunet_paths
+    from nnunet_cil.untrusted import is_name
 
     try:
         content = yaml.safe_load(schedule.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{schedule}: got no valid YAML: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("name"), str):
+    if not isinstance(content, dict) or not is_name(content.get("name")):
         raise ValueError(f"{schedule}: got no name, expected the schedule of a chain.")
     return nnunet_paths()["nnUNet_results"] / f"chain_{content['name']}"

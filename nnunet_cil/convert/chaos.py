@@ -53,7 +53,7 @@ def find(source: Path, modality: str) -> PublicSet:
     problems: list[str] = []
     cases = []
     for name in visible(root / branch):
-        if not name.isdigit():
+        if not name.isdecimal():
             problems.append(f"{root / branch}: got {name!r}, expected folders with the numbers of subjects.")
             continue
         folder = root / branch / name if modality == "ct" else root / branch / name / modality.upper()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from nnunet_cil.convert.source import (
     seeded_test,
     shown,
 )
+from nnunet_cil.untrusted import is_inside, read_json
 
 
 def find(source: Path) -> PublicSet:
@@ -37,7 +37,7 @@ def find(source: Path) -> PublicSet:
     problems: list[str] = []
     cases = []
     for entry in content["training"]:
-        image, label = (root / str(entry[key]) for key in ("image", "label"))
+        image, label = (root / entry[key] for key in ("image", "label"))
         cases.append(Case(image.name.removesuffix(ENDING), "imagesTr", (image,), (label,)))
     for kind, paths in (("image", [c.images[0] for c in cases]), ("label", [c.labels[0] for c in cases])):
         if missing := [path.name for path in paths if not path.is_file()]:
@@ -62,10 +62,13 @@ def find(source: Path) -> PublicSet:
 
 def _description(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, "the dataset.json of a Decathlon task")
         channels, labels = content["modality"], content["labels"]
-        readable = [str(n) for n in range(len(channels))] == sorted(channels) and all(v.isdigit() for v in labels)
-        readable = readable and all({"image", "label"} <= set(entry) for entry in content["training"])
+        readable = {str(n) for n in range(len(channels))} == {*channels.keys()}
+        readable = readable and all(value in map(str, range(256)) for value, _ in labels.items())
+        files = [entry[kind] for entry in content["training"] for kind in ("image", "label")]
+        if outside := [file for file in files if not is_inside(file)]:
+            raise ValueError(f"the file {outside[0]!r}, which is not in the task's folder")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: got {error!r}, expected the dataset.json of a Decathlon task.") from error
     if not readable or not content["training"]:

@@ -85,8 +85,12 @@ def find(source: Path, organs: Sequence[str]) -> PublicSet:
 
 def _parts(path: Path, problems: list[str]) -> dict[str, str]:
     """Part of each subject, of ``meta.csv``."""
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file, delimiter=";"))
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file, delimiter=";"))
+    except (csv.Error, UnicodeDecodeError) as error:
+        problems.append(f"{path}: got no CSV in UTF-8 ({error}), expected image_id;...;split;...")
+        return {}
     if not rows or not {"image_id", "split"} <= set(rows[0]):
         problems.append(f"{path}: got columns {list(rows[0]) if rows else []}, expected image_id;...;split;...")
         return {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
 import os
@@ -13,8 +14,9 @@ from pathlib import Path
 
 from nnunet_cil import nnunet_api
 from nnunet_cil.convert.nifti import UNREADABLE
-from nnunet_cil.convert.source import ENDING, Case, PublicSet, Written
+from nnunet_cil.convert.source import ENDING, Case, PublicSet, Written, shown
 from nnunet_cil.parallel import over_cases
+from nnunet_cil.untrusted import EXPECTED_NAME, is_name
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +49,7 @@ def write_dataset(found: PublicSet, dataset_id: int, name: str | None = None) ->
             written.
     """
     folder = _target(dataset_id, name or found.name)
+    _check_names(found)
     partial = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -72,7 +75,7 @@ def write_dataset(found: PublicSet, dataset_id: int, name: str | None = None) ->
 def _target(dataset_id: int, name: str) -> Path:
     if not 1 <= dataset_id <= 999:
         raise ValueError(f"--dataset-id: got {dataset_id}, expected a number from 1 to 999.")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or not is_name(name):
         raise ValueError(
             f"--name: got {name!r}, expected letters, digits, - and _, as it becomes part of a folder name."
         )
@@ -87,6 +90,14 @@ def _target(dataset_id: int, name: str) -> Path:
             "nnUNet_raw, nnUNet_preprocessed or nnUNet_results."
         )
     return folder
+
+
+def _check_names(found: PublicSet) -> None:
+    names = [case.name for case in found.cases]
+    if bad := [name for name in names if not is_name(name)]:
+        raise ValueError(f"{found.name}: got the subject {bad[0]!r}, expected {EXPECTED_NAME}.")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{found.name}: got the subjects {shown(twice)} twice, expected each once.")
 
 
 def _bytes_of(path: Path) -> int:
@@ -106,7 +117,7 @@ def _write_case(
         result = write(case, folder, known)
     except (*UNREADABLE, RuntimeError) as error:
         return Written(problem=f"{case.name}: {error}")
-    images = len(list((folder / "imagesTr").glob(f"{case.name}_[0-9][0-9][0-9][0-9]{ENDING}")))
+    images = len(list((folder / "imagesTr").glob(f"{glob.escape(case.name)}_[0-9][0-9][0-9][0-9]{ENDING}")))
     if images != n_channels:
         return Written(problem=f"{case.name}: got {images} channels in {case.images[0]}, expected {n_channels}.")
     return result

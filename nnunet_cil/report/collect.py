@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,17 @@ from numpy.typing import NDArray
 
 from nnunet_cil import nnunet_api
 from nnunet_cil.chain import JOINT, Chain, Variant
-from nnunet_cil.evaluate import collect_scores, evaluation_file, learned_at
+from nnunet_cil.evaluate import check_scores, check_test, collect_scores, evaluation_file, learned_at
+from nnunet_cil.guard import GUARD_FILE, Check, checks_of, place_of
 from nnunet_cil.prototypes import PrototypeStore
 from nnunet_cil.report.table import Row
+from nnunet_cil.schedule import Guard
+from nnunet_cil.untrusted import read_json
 
 logger = logging.getLogger(__name__)
 
-_EPOCH = re.compile(r"Epoch (\d+) *$")
-_TERM = re.compile(r": loss_(\w+) (\S+) *$")
+_EPOCH = re.compile(r"Epoch ([0-9]{1,7}) *$")
+_TERM = re.compile(r": loss_(\w+) (nan|-?inf|-?[0-9]+\.[0-9]+) *$")
 _PRECISION = re.compile(r": Precision: (.*\S)")
 
 
@@ -92,6 +95,8 @@ class Collected:
         paired: differences to a reference, as ``evaluate.collect_scores`` gives them.
         own_settings: method -> its coefficients that differ from the schedule's.
         channels: channel names of the images, by their number.
+        guard: by which an organ counts as kept, weakened or lost.
+        checks: of the trained steps, each compared with the step before.
         problems: sentences on files that could not be read.
     """
 
@@ -112,6 +117,8 @@ class Collected:
     paired: Mapping[str, Any]
     own_settings: Mapping[str, Mapping[str, Any]]
     channels: Mapping[str, str]
+    guard: Guard
+    checks: tuple[Check, ...]
     problems: tuple[str, ...] = field(default=())
 
     @property
@@ -207,7 +214,7 @@ def collect(chain: Chain, variants: Sequence[Variant]) -> Collected:
         rows=tuple(rows),
         dice_by_run={method: tuple(matrices) for method, matrices in by_run.items()},
         runs=tuple(runs),
-        test=_read_json(chain.folder / "test" / "test.json", "the list of test subjects", problems),
+        test=_read_json(chain.folder / "test" / "test.json", "the list of test subjects", problems, check_test),
         test_folder=chain.folder / "test",
         schedule=chain.schedule.to_dict(),
         schedule_file=chain.schedule.file,
@@ -217,8 +224,20 @@ def collect(chain: Chain, variants: Sequence[Variant]) -> Collected:
         paired=content.get("paired", {}),
         own_settings={variant.method: _own_settings(chain, variant) for variant in variants},
         channels=_channels(chain, runs, problems),
+        guard=chain.schedule.guard,
+        checks=_checks(chain, runs, problems),
         problems=tuple(problems),
     )
+
+
+def _checks(chain: Chain, runs: Sequence[Run], problems: list[str]) -> tuple[Check, ...]:
+    known = checks_of(_read_json(chain.folder / GUARD_FILE, "what the guard against forgetting saw", problems))
+    places = [
+        place_of(chain, chain.variant(run.method, run.seed), model.step, run.fold)
+        for run in runs
+        for model in run.models
+    ]
+    return tuple(known[place] for place in dict.fromkeys(places) if place in known)
 
 
 def _own_settings(chain: Chain, variant: Variant) -> dict[str, Any]:
@@ -231,7 +250,7 @@ def _channels(chain: Chain, runs: Sequence[Run], problems: list[str]) -> dict[st
         variant = chain.variant(model.method, model.seed)
         path = chain.model_folder(variant, model.step) / "dataset.json"
         if content := _read_json(path, "the channel names", problems):
-            return content.get("channel_names", {})
+            return names if isinstance(names := content.get("channel_names"), dict) else {}
     return {}
 
 
@@ -239,7 +258,7 @@ def _model(chain: Chain, owner: Variant, step: int | str, fold: int | str, probl
     title = f"{owner.method}, seed {owner.seed}, {'all organs' if step == JOINT else f'step {step}'}, fold {fold}"
     folder = chain.model_folder(owner, step) / f"fold_{fold}"
     path = evaluation_file(chain, owner, step, fold)
-    evaluation = _read_json(path, f"the scores of {title}", problems)
+    evaluation = _read_json(path, f"the scores of {title}", problems, check_scores)
     if evaluation.get("nsd_tolerance_mm") != chain.schedule.nsd_tolerance_mm:
         evaluation = {}  # as in evaluate.score_matrix: scored at another tolerance, so to be scored again
     hashes = [str(evaluation.get(key, "")) for key in ("checkpoint_sha256", "test_sha256")]
@@ -258,7 +277,7 @@ def _model(chain: Chain, owner: Variant, step: int | str, fold: int | str, probl
         predictions=predictions if evaluation and predictions.is_dir() else None,
         terms=read_terms(folder),
         prototypes=_prototypes(folder / "prototypes.npz", title, problems),
-        cost=_read_json(folder / "cost.json", f"the cost of {title}", problems),
+        cost=_read_json(folder / "cost.json", f"the cost of {title}", problems, _check_cost),
         machine=_machine(folder, debug, device),
         train_command=_train_command(chain, owner, step, fold, device),
         predict_command=nnunet_api.predict_line(
@@ -297,19 +316,27 @@ def _train_command(chain: Chain, owner: Variant, step: int | str, fold: int | st
     return " ".join(["nnUNetv2_train", *arguments])
 
 
-def _read_json(path: Path, what: str, problems: list[str]) -> dict[str, Any]:
-    """Content of a JSON object; empty where there is no file, and told where it cannot be read."""
+def _read_json(
+    path: Path, what: str, problems: list[str], check: Callable[[dict[str, Any], Path], None] | None = None
+) -> dict[str, Any]:
+    """Content of a JSON object; empty where there is no file, and told where it cannot be read or is refused."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError(f"got {type(content).__name__}, expected an object")
+        content = read_json(path, "an object")
+        if check is not None:
+            check(content, path)
     except FileNotFoundError:
         return {}
     except (ValueError, OSError) as error:
-        logger.warning("%s: %s. It is left out of the report.", path, error)
+        logger.warning("%s It is left out of the report.", error)
         problems.append(f"The file with {what} could not be read and is left out.")
         return {}
     return content
+
+
+def _check_cost(content: Mapping[str, Any], path: Path) -> None:
+    for key, value in content.items():
+        if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
+            raise ValueError(f"{path}: got {key}: {value!r}, expected a number.")
 
 
 def _prototypes(path: Path, title: str, problems: list[str]) -> PrototypeStore | None:

@@ -32,7 +32,6 @@ from nnunet_cil.report.parts import (
 from nnunet_cil.report.style import STYLE
 from nnunet_cil.report.table import Row, marked
 from nnunet_cil.report.words import (
-    STATUS_WORDS,
     Outcome,
     against_joint,
     fate_of_new,
@@ -41,6 +40,7 @@ from nnunet_cil.report.words import (
     listed,
     method_words,
     outcomes,
+    status_words,
 )
 
 _CARDS_WITH_ORGANS = 4  # methods; the organs of more stand in one table
@@ -160,17 +160,22 @@ def _summary(found: Collected) -> str:
     ]
     order = element("ol", "".join(element("li", step) for step in by_step), class_="order")
     if not found.rows:
-        return order + missing(["Nothing is scored yet, so there is nothing to tell. `nnunet-cil run` goes on."])
+        nothing = missing(["Nothing is scored yet, so there is nothing to tell. `nnunet-cil run` goes on."])
+        return order + _checked_steps(found) + nothing
     rows = {row.method: row for row in found.rows}
     by_method = {
-        method: outcomes(row.R, found.classes, found.learned_at) for method, row in rows.items() if method != JOINT
+        method: outcomes(row.R, found.classes, found.learned_at, found.guard)
+        for method, row in rows.items()
+        if method != JOINT
     }
     joint = rows.get(JOINT)
     many = len(by_method) > _CARDS_WITH_ORGANS
     cards = [_card(rows[method], what, joint, found, many) for method, what in by_method.items()]
     cards += [_joint_card(joint, found, many)] if joint else []
     brief = _organ_table(by_method, joint, found) if many else ""
-    words = "".join(f"<dt>{chip(status)}</dt><dd>{escape(text)}.</dd>" for status, text in STATUS_WORDS.items())
+    words = "".join(
+        f"<dt>{chip(status)}</dt><dd>{escape(text)}.</dd>" for status, text in status_words(found.guard).items()
+    )
     return "".join(
         [
             _headline(by_method),
@@ -183,6 +188,7 @@ def _summary(found: Collected) -> str:
                 "chance: see the figures.",
                 "quiet",
             ),
+            _checked_steps(found),
             details("When an organ counts as kept, weakened or lost", f"<dl>{words}</dl>"),
             details(
                 "Words used in this report",
@@ -190,6 +196,23 @@ def _summary(found: Collected) -> str:
             ),
         ]
     )
+
+
+def _checked_steps(found: Collected) -> str:
+    """What each step did to the organs before it, folded away; "" where no step was compared with the one before."""
+    lines = [
+        [
+            f"{method_name(check.method, found.methods)}, step {check.step} "
+            f"<small>{escape(f'seed {check.seed}, fold {check.fold}')}</small>",
+            escape(fate_of_old(check.outcomes(found.guard)) or "not scored"),
+            escape(check.judged_by),
+        ]
+        for check in found.checks
+    ]
+    if not lines:
+        return ""
+    content = table("Each step compared with the step before", ["model", "earlier organs", "judged by"], lines, "text")
+    return details("What each step did to the organs before it", content)
 
 
 def _means_over(found: Collected) -> str:
@@ -218,7 +241,7 @@ def _card(row: Row, what: Sequence[Outcome], joint: Row | None, found: Collected
     beside = against_joint(row.R, joint.R, found.learned_at) if joint else ""
     so_far = "" if last == len(row.R) else f" after step {last} of {len(row.R)}"
     statuses = [o.status for o in what]
-    counts = "".join(f"{chip(s, statuses.count(s))} " for s in STATUS_WORDS if s in statuses)
+    counts = "".join(f"{chip(s, statuses.count(s))} " for s in status_words() if s in statuses)
     lines = [[organ(o.organ, found.classes), chip(o.status), _numbers_of(o)] for o in what]
     return _article(
         row, last, so_far + (f", {beside}" if beside else ""), counts if brief else _organ_list(lines), found

@@ -20,6 +20,28 @@ def similarity(store: PrototypeStore) -> NDArray[np.float64]:
     return np.clip(directions @ directions.T, -1, 1)
 
 
+def alignment(before: PrototypeStore, after: PrototypeStore) -> dict[str, float]:
+    """Cosine between each class's prototype after a step and before it, each less the mean of the classes of both.
+
+    Our derivation: the common mean is taken out on both sides, as in section 5 of docs/method.md, over the same
+    classes. NaN for a class that the step has no voxels of: its prototype was taken over, not measured.
+
+    Returns:
+        Class name -> cosine, for the classes that both have.
+    """
+    names = [name for name in before.class_names if name in after.class_names]
+    rows = [[store.class_names.index(name) for name in names] for store in (before, after)]
+    measured = before.usable[rows[0]] & after.usable[rows[1]] & ~after.stale[rows[1]]
+    found = np.full(len(names), np.nan)
+    if measured.any():
+        both = zip((before, after), rows, strict=True)
+        means = [store.means[row][measured].astype(np.float64) for store, row in both]
+        old, new = (mean - mean.mean(0) for mean in means)
+        lengths = np.linalg.norm(old, axis=1) * np.linalg.norm(new, axis=1)
+        found[measured] = np.clip((old * new).sum(1) / np.maximum(lengths, 1e-12), -1, 1)
+    return dict(zip(names, found.tolist(), strict=True))
+
+
 def drift(stores: Sequence[PrototypeStore]) -> dict[str, NDArray[np.float64]]:
     """Distance of each class's prototype from where it was when first extracted, in units of the class's spread then.
 

@@ -10,24 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnunet_cil import metrics
+from nnunet_cil.schedule import Guard
 
-KEPT_WITHIN = 0.03
-LOST_SHARE = 0.5
+THRESHOLDS = Guard()
 LEARNED_FROM = 0.5
 NOT_LEARNED_BELOW = 0.1
 NAMED = 3
-
-STATUS_WORDS = {
-    "kept": f"at most {100 * KEPT_WITHIN:.0f} points from what it was when just learned",
-    "improved": f"more than {100 * KEPT_WITHIN:.0f} points higher than when just learned",
-    "weakened": f"more than {100 * KEPT_WITHIN:.0f} points lower, but at least half of what it was",
-    "lost": "less than half of what it was",
-    "learned": f"new in the last step, with {100 * LEARNED_FROM:.0f} or more",
-    "partly learned": f"new in the last step, with {100 * NOT_LEARNED_BELOW:.0f} to {100 * LEARNED_FROM:.0f}",
-    "not learned": f"below {100 * NOT_LEARNED_BELOW:.0f} when it should have been learned",
-    "still to come": "a later step learns it",
-    "not scored": "no test subject has it labelled, or its model is not scored yet",
-}
 
 METHOD_WORDS = {
     "pgcd": "Prototype-guided calibration and dual-aligned distillation: the method this package is about",
@@ -45,6 +33,22 @@ METHOD_WORDS = {
 }
 
 
+def status_words(guard: Guard = THRESHOLDS) -> dict[str, str]:
+    """What each status of an organ means, with these thresholds."""
+    points, share = f"{100 * guard.weakened:g}", f"{100 * guard.lost:g}"
+    return {
+        "kept": f"at most {points} points from what it was when just learned",
+        "improved": f"more than {points} points higher than when just learned",
+        "weakened": f"more than {points} points lower, but at least {share} % of what it was",
+        "lost": f"less than {share} % of what it was",
+        "learned": f"new in the last step, with {100 * LEARNED_FROM:.0f} or more",
+        "partly learned": f"new in the last step, with {100 * NOT_LEARNED_BELOW:.0f} to {100 * LEARNED_FROM:.0f}",
+        "not learned": f"below {100 * NOT_LEARNED_BELOW:.0f} when it should have been learned",
+        "still to come": "a later step learns it",
+        "not scored": "no test subject has it labelled, or its model is not scored yet",
+    }
+
+
 def method_words(method: str) -> str:
     """One line on what a method does; empty for a method we do not know."""
     return METHOD_WORDS.get(method.lower().replace("_", ""), "")
@@ -59,7 +63,7 @@ class Outcome:
         step: 1-based step that learns it.
         before: Dice in [0, 1] when just learned; NaN for an organ of the last scored step, and where it is not scored.
         after: Dice after the last scored step; NaN where there is none.
-        status: a key of ``STATUS_WORDS``.
+        status: a key of `status_words`.
     """
 
     organ: str
@@ -75,35 +79,49 @@ def last_scored_step(R: NDArray[np.floating]) -> int:
     return int(scored[-1]) + 1 if len(scored) else 0
 
 
-def outcomes(R: NDArray[np.floating], classes: Sequence[str], learned_at: Sequence[int]) -> list[Outcome]:
-    """What became of each class until the last scored step. Our thresholds, see ``STATUS_WORDS``.
+def outcomes(
+    R: NDArray[np.floating], classes: Sequence[str], learned_at: Sequence[int], guard: Guard = THRESHOLDS
+) -> list[Outcome]:
+    """What became of each class until the last scored step, see `status_words`.
 
     Args:
         R: ``(T, K)`` Dice in [0, 1]; NaN where there is none.
         classes: K names.
         learned_at: the K steps, from 1, that learn them.
+        guard: thresholds; the others are ours.
     """
     last = last_scored_step(R)
     found = []
     for c, (organ, step) in enumerate(zip(classes, learned_at, strict=True)):
         before = float(R[step - 1, c]) if step < last else math.nan
         after = float(R[last - 1, c]) if step <= last else math.nan
-        found.append(Outcome(organ, int(step), before, after, _status(step, last, before, after)))
+        found.append(Outcome(organ, int(step), before, after, _status(step, last, before, after, guard)))
     return found
 
 
-def _status(step: int, last: int, before: float, after: float) -> str:
+def _status(step: int, last: int, before: float, after: float, guard: Guard) -> str:
     if step > last:
         return "still to come"
-    if math.isnan(after) or (step < last and math.isnan(before)):
+    if step < last:
+        return fate(before, after, guard)
+    if math.isnan(after):
         return "not scored"
-    if step == last:
-        return "learned" if after >= LEARNED_FROM else "partly learned" if after >= NOT_LEARNED_BELOW else "not learned"
+    return "learned" if after >= LEARNED_FROM else "partly learned" if after >= NOT_LEARNED_BELOW else "not learned"
+
+
+def fate(before: float, after: float, guard: Guard = THRESHOLDS) -> str:
+    """What became of an organ: ``kept``, ``improved``, ``weakened``, ``lost``, ``not learned`` or ``not scored``.
+
+    Args:
+        before, after: Dice in [0, 1]; NaN where there is none.
+    """
+    if math.isnan(before) or math.isnan(after):
+        return "not scored"
     if max(before, after) < NOT_LEARNED_BELOW:
         return "not learned"
-    if after < LOST_SHARE * before:
+    if after < guard.lost * before:
         return "lost"
-    if abs(after - before) <= KEPT_WITHIN:
+    if abs(after - before) <= guard.weakened:
         return "kept"
     return "improved" if after > before else "weakened"
 

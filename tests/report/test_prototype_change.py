@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nnunet_cil.prototypes import PrototypeStore
-from nnunet_cil.report.prototype_change import drift, similarity
+from nnunet_cil.report.prototype_change import alignment, drift, similarity
 
 
 def _store(names, means, spread=1.0, stale=()) -> PrototypeStore:
@@ -36,6 +36,23 @@ def test_a_class_without_prototype_has_no_similarity():
     assert np.isnan(found[1]).all()
     assert np.isnan(found[:, 1]).all()
     assert not np.isnan(found[0, 0])
+
+
+def test_alignment_is_the_cosine_less_the_mean_of_the_classes_of_both_steps():
+    before = _store("ab", [[1, 0], [-1, 0]])
+    turned = _store("abc", [[5, 6], [5, 4], [99, 99]])
+    assert alignment(before, turned) == pytest.approx({"a": 0, "b": 0}, abs=1e-6)
+    moved = _store("cab", [[99, 99], [7, 3], [2, 3]])
+    assert alignment(before, moved) == pytest.approx({"a": 1, "b": 1})
+    assert alignment(before, _store("ab", [[0, 0], [1, 0]])) == pytest.approx({"a": -1, "b": -1})
+
+
+def test_a_prototype_that_was_taken_over_is_not_aligned():
+    before = _store("abc", [[1, 0], [-1, 0], [0, 3]])
+    found = alignment(before, _store("abc", [[1, 0], [-1, 0], [9, 9]], stale="c"))
+    assert found == pytest.approx({"a": 1, "b": 1, "c": np.nan}, nan_ok=True)
+    nothing = alignment(before, _store("abc", [[1, 0], [-1, 0], [9, 9]], stale="abc"))
+    assert np.isnan(list(nothing.values())).all()
 
 
 def test_drift_in_spreads_since_first_extracted():

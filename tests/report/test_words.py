@@ -7,7 +7,6 @@ import pytest
 
 from nnunet_cil.report.words import (
     METHOD_WORDS,
-    STATUS_WORDS,
     against_joint,
     fate_of_new,
     fate_of_old,
@@ -15,7 +14,9 @@ from nnunet_cil.report.words import (
     listed,
     method_words,
     outcomes,
+    status_words,
 )
+from nnunet_cil.schedule import Guard
 
 NAN = math.nan
 
@@ -42,7 +43,14 @@ def _one(before: float, after: float) -> str:
 )
 def test_status_of_an_earlier_organ(before, after, status):
     assert _one(before, after) == status
-    assert status in STATUS_WORDS
+    assert status in status_words()
+
+
+def test_thresholds_of_the_schedule():
+    R = np.array([[0.9, NAN], [0.8, 0.9]])
+    assert outcomes(R, "ab", [1, 2], Guard(weakened=0.2))[0].status == "kept"
+    assert outcomes(R, "ab", [1, 2], Guard(lost=0.95))[0].status == "lost"
+    assert status_words(Guard(weakened=0.07))["kept"].startswith("at most 7 points")
 
 
 @pytest.mark.parametrize(
