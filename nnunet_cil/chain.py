@@ -102,11 +102,11 @@ class Chain:
         """
         folder = nnunet_api.nnunet_paths()["nnUNet_results"] / f"chain_{schedule.name}"
         path = folder / CHAIN_FILE
-        known = _read_chain(path) if path.is_file() else None
+        known = read_chain(path) if path.is_file() else None
         abandoned: list[Path] = []
         if known is not None:
             chain = cls(schedule, known)
-            differing = chain._differing_keys()
+            differing = chain.differing_keys()
             if differing and chain.content["plans_name"] is not None:
                 chain._refuse_other_schedule(differing)
             if differing:  # a mistake was mended before anything was planned
@@ -158,9 +158,12 @@ class Chain:
         """Write ``chain.json``."""
         write_json(self.folder / CHAIN_FILE, sealed(self.content))
 
-    def _differing_keys(self) -> list[str]:
-        """``key: before, now`` for what may not change while a chain runs: all but what is no part of a training
-        that was done, and the variants, whose trainings are compared one by one."""
+    def differing_keys(self) -> list[str]:
+        """``key: before, now`` of the schedule in ``content`` and this one, for what may not change while a chain runs.
+
+        That is all but what is no part of a training that was done, and the variants, whose trainings are compared
+        one by one.
+        """
         before, now = dict(self.content["schedule"]), json.loads(json.dumps(self.schedule.to_dict()))
         for key, defaults in (("method", METHOD_DEFAULTS), ("training", asdict(Training()))):
             before[key] = {**defaults, **before[key]}  # a chain of an earlier version, which had fewer settings
@@ -288,7 +291,13 @@ class Chain:
             )
 
 
-def _read_chain(path: Path) -> dict[str, Any]:
+def read_chain(path: Path) -> dict[str, Any]:
+    """Content of a ``chain.json``, see `Chain`.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged.
+    """
     content = read_json(path, CHAIN_EXPECTED)
     check_chain(content, path)
     return content
@@ -326,7 +335,7 @@ def _free_ids(schedule: Schedule, count: int, abandoned: Set[str]) -> list[int]:
 def _ids_of_other_chains(name: str) -> dict[int, set[str]]:
     """Numbers that chains keep for datasets which they have not made yet."""
     files = nnunet_api.nnunet_paths()["nnUNet_results"].glob("chain_*/chain.json")
-    others = [content for file in files if (content := _read_chain(file))["name"] != name]
+    others = [content for file in files if (content := read_chain(file))["name"] != name]
     return {
         number: {f"chain {content['name']}"} for content in others for number in [*content["datasets"], content[JOINT]]
     }

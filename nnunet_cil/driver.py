@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import re
 import shlex
+import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
-from time import monotonic
+from threading import Thread
+from time import monotonic, sleep
 
 import torch
 
@@ -20,6 +24,7 @@ from nnunet_cil.chain import JOINT, REPLAY_TRAINER, Chain, Variant, method_of, w
 from nnunet_cil.dataset import block_of, prepare_chain, write_test_set
 from nnunet_cil.environment import trainer_path_variable
 from nnunet_cil.evaluate import (
+    ENSEMBLE,
     collect_scores,
     evaluate_model,
     evaluation_file,
@@ -28,6 +33,7 @@ from nnunet_cil.evaluate import (
     subject_scores,
     write_matrices,
 )
+from nnunet_cil.gather import gather_scores, scored_variants
 from nnunet_cil.guard import Check, check_step, place_of, read_checks, stops
 from nnunet_cil.launcher import Task, check_launcher, job_states, launch
 from nnunet_cil.parallel import worker_count
@@ -44,6 +50,8 @@ logger = logging.getLogger(__name__)
 COMPARED = ("pgcd", "pseudo_kd", "pseudo", "plop", "mib", "ilt", "lwf", "ewf", "ewc", "finetune")
 FEW_CORES = 4
 WORKERS_VARIABLE = "nnUNet_n_proc_DA"
+_PR_SET_PDEATHSIG = 1
+_PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
 def variants_of(chain: Chain, methods: Sequence[str], seeds: Sequence[int | None]) -> list[Variant]:
@@ -126,12 +134,26 @@ def _complete(
             _train(chain, variant, step, fold, label)
         with _nnunet_output(chain):
             if chain.schedule.test:
-                evaluate_model(chain, variant, step, fold, device_of(chain.schedule))
+                _score(chain, variant, step, fold)
             check = check_step(chain, variant, step, fold, device_of(chain.schedule))
     if chain.schedule.test:
         report(chain, variants)
     if check is not None and stops(chain, check):
         _stop(chain, variant, check)
+
+
+def _score(chain: Chain, variant: Variant, step: int | str, fold: int | str) -> None:
+    """Score a model, and after the last of several folds their ensemble."""
+    device = device_of(chain.schedule)
+    evaluate_model(chain, variant, step, fold, device)
+    if _has_ensemble(chain, variant, step):
+        with chain.locked(_name(chain, variant, step, ENSEMBLE)):
+            evaluate_model(chain, variant, step, ENSEMBLE, device)
+
+
+def _has_ensemble(chain: Chain, variant: Variant, step: int | str) -> bool:
+    folds = chain.schedule.folds
+    return len(folds) > 1 and all(chain.trained(variant, step, fold) for fold in folds)
 
 
 def _launch(chain: Chain, methods: Sequence[str], seeds: Sequence[int | None], launcher: str) -> str:
@@ -187,7 +209,8 @@ def _is_done(chain: Chain, variant: Variant, step: int | str, fold: int | str) -
     """Whether a model is trained, and where that can be, scored and compared with the step before."""
     if not chain.trained(variant, step, fold):
         return False
-    if chain.schedule.test and not is_scored(chain, variant, step, fold):
+    scored = [fold, *([ENSEMBLE] if _has_ensemble(chain, variant, step) else [])]
+    if chain.schedule.test and not all(is_scored(chain, variant, step, each) for each in scored):
         return False
     has_before = step not in (1, JOINT) and chain.trained(variant, int(step) - 1, fold)
     return not has_before or place_of(chain, variant, step, fold) in read_checks(chain)
@@ -257,9 +280,20 @@ def evaluate(schedule: Schedule, methods: Sequence[str], seeds: Sequence[int | N
         write_test_set(chain)
         for variant, step, fold in todo:
             with chain.locked(_name(chain, variant, step, fold)):
-                evaluate_model(chain, variant, step, fold, device_of(schedule))
+                _score(chain, variant, step, fold)
                 check_step(chain, variant, step, fold, device_of(schedule))
     return report(chain, variants)
+
+
+def gather(schedule: Schedule, folders: Sequence[Path]) -> str:
+    """Bring the scores of the same chain's runs elsewhere here; returns the table of all that is scored.
+
+    Raises: as `gather_scores`.
+    """
+    chain = Chain.open(schedule)
+    with chain.locked():
+        logger.info("scores of %d models are new here", gather_scores(chain, folders))
+    return report(chain, scored_variants(chain))
 
 
 def status(schedule: Schedule, methods: Sequence[str], seeds: Sequence[int | None]) -> str:
@@ -418,7 +452,12 @@ def _train(chain: Chain, variant: Variant, step: int | str, fold: int | str, lab
     resume = any((folder / f"checkpoint_{name}.pth").is_file() for name in ("final", "latest", "best"))
     arguments = _arguments(chain, variant, step, fold)
     logger.info("%s%s\n  %s", label, " (resumed)" if resume else "", shlex.join(["nnUNetv2_train", *arguments]))
-    environment = {**os.environ, "nnUNet_extTrainer": trainer_path_variable()}
+    # by itself nnU-Net starts 8 processes for its validation, of a gigabyte each, whatever the number of cores
+    environment = {
+        "nnUNet_def_n_proc": str(worker_count(8)),
+        **os.environ,
+        "nnUNet_extTrainer": trainer_path_variable(),
+    }
     if (workers := _augmentation_workers(chain.schedule)) is not None:
         environment[WORKERS_VARIABLE] = workers
     log_path = chain.folder / "logs" / f"{_name(chain, variant, step, fold)}.log"
@@ -433,7 +472,10 @@ def _train(chain: Chain, variant: Variant, step: int | str, fold: int | str, lab
             encoding="utf-8",
             errors="replace",
             env={**environment, "PYTHONIOENCODING": "utf-8"},
+            start_new_session=True,
+            preexec_fn=_end_with_parent,
         )
+        Thread(target=_clear_up, args=(process,), daemon=True).start()
         try:
             for line in process.stdout or ():
                 log.write(line)
@@ -441,13 +483,27 @@ def _train(chain: Chain, variant: Variant, step: int | str, fold: int | str, lab
                 progress.see(line)
             code = process.wait()
         except BaseException:
-            process.terminate()
+            os.killpg(process.pid, signal.SIGTERM)
             process.wait()
             raise
     if code == 130 or code == -2:
         raise KeyboardInterrupt
     if code:
         raise RuntimeError(f"{label}: the training ended with code {code}.\n{_reason(log_path)}\nAll of it: {log_path}")
+
+
+def _end_with_parent() -> None:
+    """In a new process: be killed when the one that started it ends, however that ends; on Linux alone."""
+    if _PRCTL is not None:
+        _PRCTL(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _clear_up(training: subprocess.Popen) -> None:
+    """Kill what a training leaves behind: workers of one that was killed would keep its output open for ever."""
+    training.wait()
+    sleep(1)
+    with suppress(ProcessLookupError):
+        os.killpg(training.pid, signal.SIGKILL)
 
 
 def _reason(log_path: Path) -> str:

@@ -10,6 +10,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ TYPICAL_COMPRESSION = 50  # of a label file
 SCORES = ("dice", "nsd", "hd95_mm")
 HIGHER_IS_BETTER = ("dice", "nsd")
 REPLAY_FILE = "replay.json"
+ENSEMBLE = "ensemble"
+"""In place of a fold: the mean prediction of all folds, as of ``nnUNetv2_predict -f 0 1 2``."""
 UNLABELLED = "unlabelled"
 UNITS = {
     "dice, nsd": "mean over test subjects, 0..1",
@@ -59,12 +62,27 @@ def evaluation_file(chain: Chain, variant: Variant, step: int | str, fold: int |
     return chain.folder / "predictions" / chain.plans_name(owner) / f"{_name(step)}_fold_{fold}" / "scores.json"
 
 
+def scored_folds(chain: Chain) -> tuple[int | str, ...]:
+    """The chain's folds, and their ensemble where there are several."""
+    folds = chain.schedule.folds
+    return folds if len(folds) == 1 else (*folds, ENSEMBLE)
+
+
+def _members(chain: Chain, fold: int | str) -> tuple[int | str, ...]:
+    return chain.schedule.folds if fold == ENSEMBLE else (fold,)
+
+
+def _checkpoints(chain: Chain, variant: Variant, step: int | str, fold: int | str) -> list[Path]:
+    model = chain.model_folder(variant, step)
+    return [model / f"fold_{member}" / "checkpoint_final.pth" for member in _members(chain, fold)]
+
+
 def _name(step: int | str) -> str:
     return str(step) if step == JOINT else f"step{step}"
 
 
 def evaluate_model(chain: Chain, variant: Variant, step: int | str, fold: int | str, device: Any) -> dict[str, Any]:
-    """Scores of each test subject and learned class for one model.
+    """Scores of each test subject and learned class for one model, or for the ``ENSEMBLE`` of all folds.
 
     What exists for checkpoint, test set and tolerance is kept; predictions that exist are kept also where it is not.
 
@@ -81,7 +99,6 @@ def evaluate_model(chain: Chain, variant: Variant, step: int | str, fold: int | 
     if (known := _stored(path, key)) is not None:
         return known
     model = chain.model_folder(variant, step)
-    checkpoint = model / f"fold_{fold}" / "checkpoint_final.pth"
     tolerance_mm = chain.schedule.nsd_tolerance_mm
     test = _test_set(chain)
     ending = test["file_ending"]
@@ -90,7 +107,8 @@ def evaluate_model(chain: Chain, variant: Variant, step: int | str, fold: int | 
     what = f"predicting {len(images)} test subjects with step {step} of {variant.method}"
     logger.info("%s; by hand:\n  %s", what, predict_line(chain, variant, step, fold))
     preprocessed = chain.folder / "test" / "preprocessed"
-    nnunet_api.predict(model, fold, chain.schedule.configuration, images, preprocessed, predictions, device, _say)
+    folds = _members(chain, fold)
+    nnunet_api.predict(model, folds, chain.schedule.configuration, images, preprocessed, predictions, device, _say)
     number = chain.n_steps if step == JOINT else int(step)
     labels = cumulative_labels([s.classes for s in chain.schedule.steps], number)
     scored = {
@@ -110,7 +128,7 @@ def evaluate_model(chain: Chain, variant: Variant, step: int | str, fold: int | 
         "seed": variant.seed,
         "step": step,
         "fold": fold,
-        "parameters": count_parameters(checkpoint),
+        "parameters": sum(map(count_parameters, _checkpoints(chain, variant, step, fold))),
         "scores": {
             case: {name: _scores_of(metrics[case][value]) for name, value in values.items()}
             for case, values in scored.items()
@@ -130,9 +148,9 @@ def is_scored(chain: Chain, variant: Variant, step: int | str, fold: int | str) 
 
 
 def _key(chain: Chain, variant: Variant, step: int | str, fold: int | str) -> dict[str, Any]:
-    checkpoint = chain.model_folder(variant, step) / f"fold_{fold}" / "checkpoint_final.pth"
+    digests = [sha256_of(checkpoint) for checkpoint in _checkpoints(chain, variant, step, fold)]
     return {
-        "checkpoint_sha256": sha256_of(checkpoint),
+        "checkpoint_sha256": digests[0] if len(digests) == 1 else sha256("".join(digests).encode()).hexdigest(),
         "test_sha256": sha256_of(chain.folder / "test" / "test.json"),
         "nsd_tolerance_mm": chain.schedule.nsd_tolerance_mm,
     }
@@ -234,7 +252,7 @@ def predict_line(chain: Chain, variant: Variant, step: int | str, fold: int | st
     return nnunet_api.predict_line(
         chain.dataset_name(step),
         configuration,
-        fold,
+        _members(chain, fold),
         trainer,
         plans_name,
         str(chain.folder / "test" / "images"),
@@ -343,11 +361,13 @@ class _Run:
 def collect_scores(chain: Chain, variants: list[Variant]) -> tuple[dict[str, Any], list[Row]]:
     """All scores of a chain as JSON-able dict and as table rows, one a method: the mean over its seeds and folds.
 
+    The ensemble of several folds has a row of its own.
+
     The dict says under ``units`` what its numbers are.
     """
     runs = []
     for variant in variants:
-        for fold in chain.schedule.folds:
+        for fold in scored_folds(chain):
             found = _evaluations(chain, variant, fold)
             matrices = {score: _matrix(chain, found, score) for score in SCORES}
             if not np.isnan(matrices["dice"]).all():
@@ -359,7 +379,7 @@ def collect_scores(chain: Chain, variants: list[Variant]) -> tuple[dict[str, Any
         bound = None if run.variant.method == JOINT else joint.get((run.variant.seed, run.fold))
         gaps = {score: _gaps(chain, run, bound, score) for score in HIGHER_IS_BETTER}
         entries.append(_nullable(_entry(chain, run, gaps)))
-        by_method[run.variant.method].append((run, gaps["dice"]))
+        by_method[_row_name(chain, run)].append((run, gaps["dice"]))
     content = {
         "chain": chain.schedule.name,
         "classes": list(chain.schedule.classes),
@@ -371,6 +391,11 @@ def collect_scores(chain: Chain, variants: list[Variant]) -> tuple[dict[str, Any
         "paired": _nullable(_paired(chain, variants)),
     }
     return content, [_row(chain, method, of_method) for method, of_method in by_method.items()]
+
+
+def _row_name(chain: Chain, run: _Run) -> str:
+    method = run.variant.method
+    return f"{method}, {len(chain.schedule.folds)} folds ensembled" if run.fold == ENSEMBLE else method
 
 
 def _gaps(chain: Chain, run: _Run, joint: _Run | None, score: str) -> dict[str, float]:
@@ -488,23 +513,27 @@ def _bytes_kept(chain: Chain, run: _Run) -> dict[str, dict[str, int]] | None:
         return None
     kept = {}
     for step in range(1, chain.n_steps + 1):
-        replay = _fold_folder(chain, run, step) / REPLAY_FILE
-        prototypes = 0
-        if step > 1 and (path := _fold_folder(chain, run, step - 1) / PROTOTYPE_FILE).is_file():
-            prototypes = path.stat().st_size
-        memory = read_json(replay, "what replay keeps").get("bytes", 0) if replay.is_file() else 0
+        folders = _fold_folders(chain, run, step)
+        replays = [path for folder in folders if (path := folder / REPLAY_FILE).is_file()]
+        before = [folder / PROTOTYPE_FILE for folder in _fold_folders(chain, run, step - 1)] if step > 1 else []
+        prototypes = sum(path.stat().st_size for path in before if path.is_file())
+        memory = sum(read_json(path, "what replay keeps").get("bytes", 0) for path in replays)
         kept[_name(step)] = {"prototypes": prototypes, "replay": memory}
     return kept
 
 
 def _costs(chain: Chain, run: _Run) -> dict[str, Any]:
-    steps = _steps(chain, run.variant).values()
-    found = {_name(step): _fold_folder(chain, run, step) / "cost.json" for step in steps}
+    """By step; empty for an ensemble, whose folds have theirs."""
+    if run.fold == ENSEMBLE:
+        return {}
+    found = {
+        _name(step): _fold_folders(chain, run, step)[0] / "cost.json" for step in _steps(chain, run.variant).values()
+    }
     return {name: read_json(path, "the cost of a step") for name, path in found.items() if path.is_file()}
 
 
-def _fold_folder(chain: Chain, run: _Run, step: int | str) -> Path:
-    return chain.model_folder(run.variant, step) / f"fold_{run.fold}"
+def _fold_folders(chain: Chain, run: _Run, step: int | str) -> list[Path]:
+    return [chain.model_folder(run.variant, step) / f"fold_{fold}" for fold in _members(chain, run.fold)]
 
 
 def write_matrices(chain: Chain, content: Mapping[str, Any]) -> list[Path]:

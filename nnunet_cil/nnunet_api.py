@@ -10,7 +10,6 @@ import inspect
 import json
 import logging
 import os
-import pickle
 import pydoc
 import shlex
 import shutil
@@ -21,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from time import monotonic
 from typing import Any
 
@@ -35,7 +35,7 @@ from nnunet_cil.untrusted import EXPECTED_NAME, is_name
 
 logger = logging.getLogger(__name__)
 
-UNREADABLE = (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, pickle.UnpicklingError)
+UNREADABLE = (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, UnpicklingError)
 """What reading a model's files raises if they are truncated or of another program."""
 PATH_VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 NETWORK_PACKAGES = ("torch", "dynamic_network_architectures", "nnunetv2")
@@ -362,9 +362,23 @@ def train_process_command(arguments: Sequence[str], resume: bool) -> list[str]:
     return [sys.executable, "-u", "-c", code, *arguments, *(["--c"] if resume else [])]
 
 
-def predict_line(dataset: str, configuration: str, fold: int | str, trainer: str, plans_name: str, images: str) -> str:
+def predict_line(
+    dataset: str, configuration: str, folds: Sequence[int | str], trainer: str, plans_name: str, images: str
+) -> str:
     """The ``nnUNetv2_predict`` line that gives the same predictions."""
-    parts = ["nnUNetv2_predict", "-i", images, "-o", "OUTPUT", "-d", dataset, "-c", configuration, "-f", str(fold)]
+    parts = [
+        "nnUNetv2_predict",
+        "-i",
+        images,
+        "-o",
+        "OUTPUT",
+        "-d",
+        dataset,
+        "-c",
+        configuration,
+        "-f",
+        *map(str, folds),
+    ]
     parts += ["-tr", trainer, *(["-p", plans_name] if plans_name != "nnUNetPlans" else [])]
     return shlex.join(parts)
 
@@ -376,7 +390,7 @@ def model_folder_name(trainer: str, plans_name: str, configuration: str) -> str:
 
 def predict(
     model_folder: Path,
-    fold: int | str,
+    folds: Sequence[int | str],
     configuration: str,
     images: Mapping[str, Sequence[Path]],
     preprocessed: Path,
@@ -387,6 +401,7 @@ def predict(
     """What nnUNetv2_predict gives at its default settings; predictions that exist are kept.
 
     Args:
+        folds: of the model; the mean of several is predicted.
         images: files by channel of each case.
         preprocessed: where the preprocessed cases are kept for the next model of the same plans.
         output: gets CASE.nii.gz (or the dataset's file ending), each whole or not at all.
@@ -398,8 +413,9 @@ def predict(
     output.mkdir(parents=True, exist_ok=True)
     predictor = nnUNetPredictor(device=device, allow_tqdm=False)
     try:
-        read_checkpoint(model_folder / f"fold_{fold}" / "checkpoint_final.pth", mapped=True)  # nnU-Net unpickles it
-        predictor.initialize_from_trained_model_folder(str(model_folder), (fold,), "checkpoint_final.pth")
+        for fold in folds:  # nnU-Net unpickles them
+            read_checkpoint(model_folder / f"fold_{fold}" / "checkpoint_final.pth", mapped=True)
+        predictor.initialize_from_trained_model_folder(str(model_folder), tuple(folds), "checkpoint_final.pth")
     except UNREADABLE as error:
         raise ValueError(
             f"{model_folder}: got an unreadable model ({type(error).__name__}: {error}), expected the finished one of "

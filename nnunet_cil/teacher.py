@@ -99,10 +99,10 @@ def load_teacher(model_folder: Path, fold: int | str, checkpoint_name: str, devi
     last_decoder_stage(network)
     try:
         network.load_state_dict(weights)
-    except (RuntimeError, AttributeError) as error:  # AttributeError: metadata that is none
+    except Exception as error:  # as above, of what stands in the checkpoint
         raise ValueError(
             f"teacher: got weights in {checkpoint_path} that do not fit {model_folder / 'plans.json'} and dataset.json "
-            f"beside it, expected those they were trained with. {str(error).splitlines()[0]}"
+            f"beside it, expected those they were trained with. {(str(error) or repr(error)).splitlines()[0]}"
         ) from error
     network.to(device).eval().requires_grad_(False)
     prototype_path = checkpoint_path.with_name(PROTOTYPE_FILE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -21,9 +22,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets jobs in its background ignore it
+    settings.register_profile("same", derandomize=True)
     settings.register_profile("fuzz", max_examples=10 * settings.default.max_examples)
-    if config.getoption("markexpr") == "fuzz":
-        settings.load_profile("fuzz")
+    settings.load_profile("fuzz" if config.getoption("markexpr") == "fuzz" else "same")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

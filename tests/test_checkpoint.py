@@ -169,11 +169,21 @@ def test_nothing_that_reads_a_model_runs_it(tmp_path):
     for read in (
         lambda: load_teacher(model, "all", path.name, torch.device("cpu")),
         lambda: count_parameters(path),
-        lambda: nnunet_api.predict(model, "all", "3d_fullres", {}, tmp_path, tmp_path / "out", torch.device("cpu")),
+        lambda: nnunet_api.predict(model, ["all"], "3d_fullres", {}, tmp_path, tmp_path / "out", torch.device("cpu")),
     ):
         with pytest.raises(ValueError, match="holds code, which is not run"):
             read()
     assert not written.exists()
+
+
+@pytest.mark.parametrize("key", ["init_args", "network_weights", "trainer_name"])
+@pytest.mark.parametrize("instead", [torch.ones(3), [], "text", None, 7, {"configuration": [1]}])
+def test_a_checkpoint_with_something_else_in_a_place_is_refused_in_words(tmp_path, key, instead):
+    model = write_given(tmp_path)
+    path = model / "fold_all" / "checkpoint_final.pth"
+    torch.save({**torch.load(path, weights_only=True), key: instead}, path)
+    with pytest.raises(ValueError, match=r"^teacher: got|checkpoint_final.pth: got"):
+        load_teacher(model, "all", path.name, torch.device("cpu"))
 
 
 def test_no_training_goes_on_from_it(tmp_path, module_patch):  # noqa: F811

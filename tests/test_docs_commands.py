@@ -12,7 +12,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points, metadata
@@ -23,6 +22,7 @@ import torch
 
 from nnunet_cil.cli.main import build_parser
 from nnunet_cil.phantom import LABELS, write_phantom
+from tests import shell
 from tests.convert.made_up import MAKERS
 from tests.pages import PAGES, ROOT, Block, blocks, text_of
 
@@ -139,10 +139,8 @@ class User:
 
     def types(self, script: str) -> str:
         """What a new shell prints for a script, each command of which has to end with status 0."""
-        done = subprocess.run(
-            ["bash", "-e", "-c", script], cwd=self.root, env=self.environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+        done = shell.run(["bash", "-e", "-c", script], self.root, self.environment)
+        assert done.returncode == 0, done.stdout
         return done.stdout
 
     def phantom(self, name: str, n_train: int = 4, n_test: int = 1, **labels: int) -> Path:
@@ -225,11 +223,23 @@ def extend(user: User, trained: User) -> dict[str, str]:
     return {"IMAGES": str(images)}
 
 
+def chain_elsewhere(user: User) -> None:
+    there = user.root / "elsewhere" / "chain_abdomen"
+    shutil.copytree(user.root / "nnUNet_results" / "chain_abdomen", there, symlinks=True)
+
+
+def cluster(user: User, trained: User) -> dict[str, str]:
+    like(trained, user)
+    chain_elsewhere(user)
+    return {}
+
+
 def schedule(user: User, trained: User) -> dict[str, str]:
     like(trained, user)
     user.phantom("Dataset222_Pancreas", pancreas=1, spleen=2, cyst=3, stone=4)
+    chain_elsewhere(user)
     words = {"SCHEDULE": "abdomen.yaml", "MODEL": "exported.zip", "DATASET": "222", "NAME=LABEL": "pancreas=1"}
-    return words | {"TARGET": "target"}
+    return words | {"TARGET": "target", "FOLDER": "elsewhere/chain_abdomen"}
 
 
 def privacy(user: User, trained: User) -> dict[str, str]:
@@ -248,6 +258,7 @@ def reliability(user: User, trained: User) -> dict[str, str]:
 # By page: makes what the page takes for given, and returns what stands for the words that readers replace.
 SESSIONS: dict[str, Callable[[User, User], dict[str, str]]] = {
     "README.md": readme,
+    "cluster.md": cluster,
     "datasets.md": datasets,
     "developing.md": developing,
     "extend.md": extend,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import shell
 from tests.conftest import write_schedule, write_tiny_dataset
 
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
@@ -48,8 +49,8 @@ def trace(command: Sequence[str], folder: Path, environment: dict[str, str], cwd
     """Real paths of all files that a command and its children open, whatever name or link they open them by."""
     folder.mkdir()
     line = [*STRACE, *CALLS, "-o", str(folder / "trace"), *command]
-    done = subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = shell.run(line, cwd, environment)
+    assert done.returncode == 0, done.stdout
     calls = [line for path in folder.iterdir() for line in path.read_text(errors="replace").splitlines()]
     return {Path(match[1]) for line in calls if (match := re.search(r" = \d+<(.*)>$", line))}
 
@@ -94,8 +95,8 @@ class Shell:
 
     def run(self, *command: str) -> str:
         line = [str(BIN / command[0]), *command[1:]]
-        done = subprocess.run(line, cwd=self.root, env=self.environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+        done = shell.run(line, self.root, self.environment)
+        assert done.returncode == 0, done.stdout
         return done.stdout
 
     def trains(self, step: int, trainer: str = "PGCD", plans: str = "nnUNetPlans", fold: str = "all") -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from nnunet_cil.cli.common import add_seeds_argument
+from nnunet_cil.cli.common import add_launcher_argument, add_seeds_argument
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -13,6 +13,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser("ablate", help="run the chain's method with one part of it left out at a time")
     parser.add_argument("schedule", type=Path, help="YAML file that says what is learned when")
     add_seeds_argument(parser)
+    add_launcher_argument(parser)
     parser.set_defaults(run=run)
 
 
@@ -23,6 +24,6 @@ def run(args: argparse.Namespace) -> int:
 
     schedule = load_schedule(args.schedule)
     methods = driver.ablated_methods(schedule)
-    print(driver.run(schedule, methods, args.seeds))
+    print(driver.run(schedule, methods, args.seeds, args.launcher))
     print(f"\nReport: {driver.write_report(schedule, methods, args.seeds)}")
     return 0

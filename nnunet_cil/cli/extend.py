@@ -6,6 +6,8 @@ import argparse
 import re
 from pathlib import Path
 
+from nnunet_cil.cli.common import add_launcher_argument
+
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add the subcommand."""
@@ -41,6 +43,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     parser.add_argument("--schedule", type=Path, help="where to write the schedule (default: NAME.yaml, here)")
     parser.add_argument("--only-write", action="store_true", help="write and check the schedule, run nothing")
+    add_launcher_argument(parser)
     parser.set_defaults(run=run)
 
 
@@ -75,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     schedule = load_schedule(path)
     print(f"The schedule is {path}; `nnunet-cil run {path}` goes on with it.")
     if not args.only_write:
-        print(driver.run(schedule, [], []))
+        print(driver.run(schedule, [], [], args.launcher))
     return 0
 
 

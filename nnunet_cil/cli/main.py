@@ -21,6 +21,7 @@ SUBCOMMANDS = (
     "extend",
     "compare",
     "ablate",
+    "gather",
     "report",
     "audit",
     "export",

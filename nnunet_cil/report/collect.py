@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from nnunet_cil import nnunet_api
 from nnunet_cil.chain import JOINT, Chain, Variant
-from nnunet_cil.evaluate import check_scores, check_test, collect_scores, evaluation_file, learned_at
+from nnunet_cil.evaluate import ENSEMBLE, check_scores, check_test, collect_scores, evaluation_file, learned_at
 from nnunet_cil.guard import GUARD_FILE, Check, checks_of, place_of
 from nnunet_cil.prototypes import PrototypeStore
 from nnunet_cil.report.table import Row
@@ -203,7 +203,7 @@ def collect(chain: Chain, variants: Sequence[Variant]) -> Collected:
             runs.append(Run(variant.method, variant.seed, fold, tuple(models)))
     content, rows = collect_scores(chain, list(variants)) if runs else ({"runs": []}, [])
     by_run: dict[str, list[NDArray[np.float64]]] = {}
-    for run in content["runs"]:
+    for run in (run for run in content["runs"] if run["fold"] != ENSEMBLE):
         by_run.setdefault(run["method"], []).append(np.array(run["dice"], dtype=np.float64))
     scored = [model for run in runs for model in run.models if model.scores is not None]
     return Collected(
@@ -283,7 +283,7 @@ def _model(chain: Chain, owner: Variant, step: int | str, fold: int | str, probl
         predict_command=nnunet_api.predict_line(
             chain.dataset_name(step),
             chain.schedule.configuration,
-            fold,
+            (fold,),
             owner.trainer,
             chain.plans_name(owner),
             "TEST_IMAGES",

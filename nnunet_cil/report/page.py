@@ -271,7 +271,7 @@ def _article(row: Row, step: int, beside: str, content: str, found: Collected) -
         + paragraph(_words_on(row.method, found), "quiet")
         + element("p", f'<span class="big">{mean}</span> mean Dice{escape(beside)}')
     )
-    accent = f"--accent:{method_styles(found.methods)[row.method][0]}"
+    accent = f"--accent:{method_styles([row.method, *found.methods])[row.method][0]}"
     return element("article", head + content, class_="card", style=accent)
 
 

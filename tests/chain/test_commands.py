@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 import SimpleITK
 import torch
 
+from tests import shell
 from tests.conftest import write_schedule, write_tiny_dataset
 
 pytestmark = pytest.mark.chain
@@ -30,17 +30,16 @@ class User:
         self.environment = {key: value for key, value in os.environ.items() if not key.startswith("nnUNet_")}
         self.environment |= {name: str(root / name) for name in FOLDERS}
         self.environment |= {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "nnUNet_n_proc_DA": "0"}
+        self.environment |= {"nnUNet_def_n_proc": "1"}
         source = write_tiny_dataset(root / "source")
         changes = {"fold": "0", "training": ", validation_cases: 1"}
         self.schedule = write_schedule(root / "schedule.yaml", source, **changes)
 
     def types(self, *lines: str, fails: bool = False) -> str:
         """What one new shell prints for some lines; its status has to be 0, or not if it ``fails``."""
-        done = subprocess.run(
-            ["bash", "-e", "-c", "\n".join(lines)], cwd=self.root, env=self.environment, capture_output=True, text=True
-        )
-        assert (done.returncode != 0) == fails, done.stdout + done.stderr
-        return done.stderr + done.stdout
+        done = shell.run(["bash", "-e", "-c", "\n".join(lines)], self.root, self.environment)
+        assert (done.returncode != 0) == fails, done.stdout
+        return done.stdout
 
     def fold(self, step: int) -> Path:
         model = "nnUNetTrainerPGCD__nnUNetPlans__3d_fullres"

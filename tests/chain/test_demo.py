@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.chain
+from tests import shell
+
+pytestmark = [pytest.mark.chain, pytest.mark.timeout(1500)]
 SHORT = ["--epochs", "2", "--methods", "pgcd"]
 
 
@@ -36,9 +38,9 @@ def run_demo(folder: Path, arguments: list[str]) -> tuple[str, str]:
     first += process.communicate()[0]
     alarm.cancel()
     assert process.returncode == 130, first
-    again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
-    assert again.returncode == 0, again.stdout + again.stderr
-    return first, again.stderr + again.stdout
+    again = shell.run(command, Path.cwd(), environment, seconds=900)
+    assert again.returncode == 0, again.stdout
+    return first, again.stdout
 
 
 @pytest.fixture(scope="module")

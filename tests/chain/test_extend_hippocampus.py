@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +13,10 @@ import numpy as np
 import pytest
 import SimpleITK
 
+from tests import shell
 from tests.conftest import real_data
 
-pytestmark = [pytest.mark.chain, pytest.mark.data, pytest.mark.slow]
+pytestmark = [pytest.mark.chain, pytest.mark.data, pytest.mark.slow, pytest.mark.timeout(3600)]
 
 NETWORK = {"patch_size": [40, 56, 40], "batch_size": 2}
 FEATURES = [8, 16, 32, 64]
@@ -46,10 +46,8 @@ def call(*command: str, cwd: Path) -> None:
     program = str(Path(sys.executable).with_name(command[0]))
     workers = "0" if command[0] == "nnUNetv2_train" else "1"  # with 0 nnU-Net cannot plan
     environment = {**os.environ, "nnUNet_n_proc_DA": workers}
-    done = subprocess.run(
-        [program, *command[1:]], cwd=cwd, env=environment, capture_output=True, text=True, timeout=1800
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    done = shell.run([program, *command[1:]], cwd, environment, seconds=1800)
+    assert done.returncode == 0, done.stdout[-3000:]
 
 
 def test_a_stock_model_keeps_the_anterior_part_without_its_data(tmp_path, nnunet_folders, record_property):

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tests import shell
 from tests.conftest import real_data
 
-pytestmark = [pytest.mark.chain, pytest.mark.data]
+pytestmark = [pytest.mark.chain, pytest.mark.data, pytest.mark.timeout(1300)]
 
 SCHEDULE = {
     "name": "hippocampus",
@@ -39,8 +40,8 @@ def test_pgcd_keeps_the_anterior_part_that_finetune_loses(tmp_path, nnunet_folde
         "pgcd",
         "finetune",
     ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = shell.run(command, tmp_path, os.environ, seconds=1200)
+    assert done.returncode == 0, done.stdout
     scores = json.loads((tmp_path / "nnUNet_results" / "chain_hippocampus" / "scores.json").read_text(encoding="utf-8"))
     pgcd, finetune = (run["dice"] for run in scores["runs"])
     assert scores["n_test_subjects"] == 20

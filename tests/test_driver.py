@@ -1,0 +1,100 @@
+"""A training is a process of its own: what becomes of it, and of its workers, when something is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from nnunet_cil import driver
+from nnunet_cil.chain import Chain
+from nnunet_cil.schedule import load_schedule
+from tests.conftest import write_schedule, write_tiny_dataset
+
+PATIENCE_SECONDS = 30
+
+
+@pytest.fixture
+def train(nnunet_folders, tmp_path, monkeypatch):
+    """``train(script)`` lets the driver train step 1 with a shell script in place of nnU-Net."""
+    source = write_tiny_dataset(tmp_path / "source", n_cases=2)
+    chain = Chain.open(load_schedule(write_schedule(tmp_path / "s.yaml", source)))
+    chain.content["plans_name"] = "nnUNetPlans"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(driver, "block_of", lambda *_: SimpleNamespace(training=SimpleNamespace(epochs=2)))
+
+    def run(script: str) -> None:
+        monkeypatch.setattr("nnunet_cil.nnunet_api.train_process_command", lambda *_: ["bash", "-c", script])
+        driver._train(chain, chain.variant("pgcd", 0), 1, "all", "[1/1] step 1")
+
+    return run
+
+
+def wait_until(done, what: str) -> None:
+    end = time.monotonic() + PATIENCE_SECONDS
+    while not done():
+        assert time.monotonic() < end, what
+        time.sleep(0.05)
+
+
+def pid_in(path: Path) -> int:
+    wait_until(lambda: path.is_file() and path.read_text().strip(), f"{path.name} was not written")
+    return int(path.read_text())
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split(")")[-1].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+
+
+@linux
+def test_a_training_that_is_killed_ends_the_run_although_its_worker_lives_on(train):
+    with pytest.raises(RuntimeError, match=r"step 1: the training ended with code -9.\nthe last line\n"):
+        train("sleep 600 & echo $! > worker; echo the last line; kill -9 $$")
+    worker = pid_in(Path("worker"))
+    wait_until(lambda: is_gone(worker), "the worker lives on")
+
+
+@linux
+def test_an_interrupt_ends_training_and_workers(train):
+    threading.Timer(0, lambda: pid_in(Path("worker")) and os.kill(os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        train("echo $$ > training; sleep 600 & echo $! > worker; wait")
+    for name in ("training", "worker"):
+        pid = pid_in(Path(name))
+        wait_until(lambda pid=pid: is_gone(pid), f"the {name} lives on")
+
+
+@linux
+def test_a_training_does_not_outlive_the_run_that_started_it(train):
+    run = os.fork()
+    if run == 0:
+        try:
+            train("echo $$ > training; exec sleep 600")
+        finally:
+            os._exit(1)
+    training = pid_in(Path("training"))
+    os.kill(run, signal.SIGKILL)
+    os.waitpid(run, 0)
+    wait_until(lambda: is_gone(training), "the training lives on: two of one model would run at once")
+
+
+def test_nnunet_gets_no_more_workers_than_there_are_cores(train, monkeypatch):
+    monkeypatch.delenv("nnUNet_def_n_proc")
+    monkeypatch.setattr("nnunet_cil.parallel.core_count", lambda: 3)
+    train("echo $nnUNet_def_n_proc > workers")
+    assert Path("workers").read_text() == "3\n"
+    monkeypatch.setenv("nnUNet_def_n_proc", "5")
+    train("echo $nnUNet_def_n_proc > workers")
+    assert Path("workers").read_text() == "5\n", "what the user says counts"
