@@ -31,8 +31,13 @@ REPLAY_TRAINER = "nnUNetTrainerReplay"
 
 def is_finished(fold_folder: Path) -> bool:
     """Whether a training has ended, with everything that comes after its last epoch."""
-    names = ("checkpoint_final.pth", "prototypes.npz", "validation/summary.json")
-    return all((fold_folder / name).is_file() for name in names)
+    if not all((fold_folder / name).is_file() for name in ("checkpoint_final.pth", "prototypes.npz")):
+        return False
+    try:  # nnU-Net writes it in place
+        read_json(fold_folder / "validation" / "summary.json", "the summary of nnU-Net's validation")
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
 
 
 def method_of(trainer: str) -> str:

@@ -6,7 +6,6 @@ sources are read and checked before anything is written.
 
 from __future__ import annotations
 
-import gzip
 import json
 import logging
 import math
@@ -253,7 +252,7 @@ def _scan(case: Case, dataset_json: dict[str, Any], wanted: Mapping[int | str, t
         images, properties = reader.read_images([str(path) for path in case.images])
         seg, _ = reader.read_seg(str(case.label))
         for path in (*case.images, case.label):
-            _read_to_the_end(path)
+            nnunet_api.read_to_the_end(path)
     except Exception as error:
         return Scan(
             problem=f"{case.label}: got an unreadable image or label ({error}), expected files nnU-Net can read."
@@ -274,18 +273,6 @@ def _scan(case: Case, dataset_json: dict[str, Any], wanted: Mapping[int | str, t
         for step, (table, n_samples) in wanted.items()
     }
     return Scan(found, None, crop, intensities)
-
-
-def _read_to_the_end(path: Path) -> None:
-    """Unpack a .gz file: SimpleITK takes the missing end of a truncated one for zeros.
-
-    Raises:
-        EOFError: it is truncated.
-    """
-    if path.suffix == ".gz":
-        with gzip.open(path) as file:
-            while file.read(1 << 22):
-                pass
 
 
 def _grid_difference(images: Sequence[Path], label: Path) -> str:
@@ -495,9 +482,9 @@ def write_raw(chain: Chain, step: int | str, cases: Sequence[Case], labels: Mapp
         for channel, image in enumerate(case.images):
             link(image, partial / "imagesTr" / f"{case.name}_{channel:04d}{ending}")
         seg, properties = reader.read_seg(str(case.label))
-        reader.write_seg(
-            apply_remap(seg[0], case.table), str(partial / "labelsTr" / f"{case.name}{ending}"), properties
-        )
+        label = partial / "labelsTr" / f"{case.name}{ending}"
+        reader.write_seg(apply_remap(seg[0], case.table), str(label), properties)
+        nnunet_api.check_written(label, reader)
     kept = {key: own[key] for key in ("channel_names", "file_ending", "overwrite_image_reader_writer") if key in own}
     write_json(partial / "dataset.json", {**kept, "labels": dict(labels), "numTraining": len(cases)})
     write_json(partial / STEP_FILE, {"chain": chain.schedule.name, "step": step, "n_cases": len(cases)})
@@ -527,7 +514,9 @@ def write_test_set(chain: Chain) -> None:
             relabelled = apply_remap(seg[0], case.table)
         except ValueError as error:
             raise ValueError(f"{case.label}: {error}") from error
-        reader.write_seg(relabelled, str(partial / "labels" / f"{name}{ending}"), properties)
+        label = partial / "labels" / f"{name}{ending}"
+        reader.write_seg(relabelled, str(label), properties)
+        nnunet_api.check_written(label, reader)
     ignore = final_labels(schedule, chain.n_steps, {"ignore": None})["ignore"]
     test = {"test": schedule.to_dict()["test"], "ignore": ignore, "file_ending": ending}
     content = {**test, "cases": _listing(cases)}
@@ -798,12 +787,17 @@ def write_variant_plans(chain: Chain, variant: Variant) -> None:
 
 
 def _check_same_settings(chain: Chain, variant: Variant, step: int | str) -> None:
-    """Refuse settings that differ from those of a training which was begun."""
+    """Refuse settings that differ from those of a training which was begun.
+
+    nnU-Net writes plans and dataset.json in place at each start of a training: half ones are nothing to compare with.
+    """
     owner = chain.first_step(variant.seed) if step == 1 else variant
     path = chain.model_folder(variant, step) / "plans.json"
-    if not path.is_file():
+    try:
+        plans, dataset_json = read_json(path, "plans of nnU-Net"), dataset_json_of(path.parent)
+    except (FileNotFoundError, ValueError):
         return
-    before = StepBlock.from_plans(json.loads(path.read_text(encoding="utf-8")), dataset_json_of(path.parent)).settings
+    before = StepBlock.from_plans(plans, dataset_json).settings
     now = block_of(chain, owner, step).settings
     if differing := [f"{k}: {before.get(k)} then, {now.get(k)} now" for k in now if before.get(k) != now.get(k)]:
         raise ValueError(

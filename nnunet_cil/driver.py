@@ -489,7 +489,10 @@ def _train(chain: Chain, variant: Variant, step: int | str, fold: int | str, lab
     if code == 130 or code == -2:
         raise KeyboardInterrupt
     if code:
-        raise RuntimeError(f"{label}: the training ended with code {code}.\n{_reason(log_path)}\nAll of it: {log_path}")
+        killed = "\nCode -9: it was killed, most often because memory ran out." if code == -signal.SIGKILL else ""
+        raise RuntimeError(
+            f"{label}: the training ended with code {code}.\n{_reason(log_path)}\nAll of it: {log_path}{killed}"
+        )
 
 
 def _end_with_parent() -> None:

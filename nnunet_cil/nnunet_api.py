@@ -6,6 +6,7 @@ new nnU-Net release is a matter of this file, ``trainer.py`` and ``tests/test_nn
 
 from __future__ import annotations
 
+import gzip
 import inspect
 import json
 import logging
@@ -240,7 +241,12 @@ def preprocess_case(
     configuration: str,
     dataset_json: Mapping[str, Any],
 ) -> None:
-    """Preprocess a case with nnU-Net's preprocessor into ``target``.b2nd, ``target``_seg.b2nd and ``target``.pkl."""
+    """Preprocess a case with nnU-Net's preprocessor into ``target``.b2nd, ``target``_seg.b2nd and ``target``.pkl.
+
+    What an interrupted call left there is removed: blosc2 would fail on it.
+    """
+    for path in case_files(target.parent, target.name):
+        path.unlink()
     manager = plans_manager(plans)
     chosen = manager.get_configuration(configuration)
     files = [str(path) for path in images]
@@ -406,6 +412,11 @@ def predict(
         preprocessed: where the preprocessed cases are kept for the next model of the same plans.
         output: gets CASE.nii.gz (or the dataset's file ending), each whole or not at all.
         say: gets a line of progress now and then.
+
+    Raises:
+        ValueError: the model is truncated.
+        RuntimeError: memory ran out.
+        OSError: a prediction could not be written.
     """
     from nnunetv2.inference.export_prediction import export_prediction_from_logits
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -434,21 +445,25 @@ def predict(
                 left = (told - started) / number * (len(missing) - number)
                 say(f"case {number + 1} of {len(missing)}, about {left:.0f} s left")
             stored = preprocessed / case
-            if not Path(f"{stored}.pkl").is_file():
-                partial = preprocessed / "partial" / case
-                partial.parent.mkdir(parents=True, exist_ok=True)
-                with FileLock(f"{partial}.lock"):  # other models are predicted meanwhile, where trainings are jobs
-                    if not Path(f"{stored}.pkl").is_file():
-                        preprocess_case(images[case], None, partial, manager.plans, configuration, dataset_json)
-                        for part in (".b2nd", "_seg.b2nd", ".pkl"):
-                            os.replace(f"{partial}{part}", f"{stored}{part}")
-            data, _, _, properties = preprocessed_dataset(preprocessed).load_case(case)
-            logits = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(data[:])).cpu()
+            with _enough_memory(case):
+                if not Path(f"{stored}.pkl").is_file():
+                    partial = preprocessed / "partial" / case
+                    partial.parent.mkdir(parents=True, exist_ok=True)
+                    with FileLock(f"{partial}.lock"):  # other models are predicted meanwhile, where trainings are jobs
+                        if not Path(f"{stored}.pkl").is_file():
+                            preprocess_case(images[case], None, partial, manager.plans, configuration, dataset_json)
+                            for part in (".b2nd", "_seg.b2nd", ".pkl"):
+                                os.replace(f"{partial}{part}", f"{stored}{part}")
+                data, _, _, properties = preprocessed_dataset(preprocessed).load_case(case)
+                logits = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(data[:])).cpu()
 
             def export(logits: torch.Tensor = logits, properties: dict = properties, case: str = case) -> None:
                 partial = output / f".{case}.part"
-                export_prediction_from_logits(logits, properties, chosen, manager, dataset_json, str(partial))
-                os.replace(f"{partial}{ending}", output / f"{case}{ending}")
+                with _enough_memory(case):
+                    export_prediction_from_logits(logits, properties, chosen, manager, dataset_json, str(partial))
+                    written = Path(f"{partial}{ending}")
+                    check_written(written, manager.image_reader_writer_class())
+                os.replace(written, output / f"{case}{ending}")
 
             if pool is None:
                 export()
@@ -456,6 +471,55 @@ def predict(
                 exports.append(pool.submit(export))
         for done in exports:
             done.result()
+
+
+@contextmanager
+def _enough_memory(case: str) -> Iterator[None]:
+    """Say it in words if memory runs out in a prediction: Python's, NumPy's, a GPU's, or PyTorch's on the CPU."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        is_pytorch = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if not (isinstance(error, MemoryError) or is_pytorch):
+            raise
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        raise RuntimeError(
+            f"predicting {case}: got no memory ({said}), expected enough for this image and all its classes. The "
+            "predictions before it are kept: end other programs, or take a machine with more, and give the same "
+            "command again."
+        ) from error
+
+
+def read_to_the_end(path: Path) -> None:
+    """Unpack a .gz file: SimpleITK takes the missing end of a truncated one for zeros.
+
+    Raises:
+        EOFError: it is truncated.
+    """
+    if path.suffix == ".gz":
+        with gzip.open(path) as file:
+            while file.read(1 << 22):
+                pass
+
+
+def check_written(path: Path, rw: Any) -> None:
+    """Read a segmentation that was just written: SimpleITK says nothing of a full disk.
+
+    Args:
+        rw: an instance of nnU-Net's reader/writer.
+
+    Raises:
+        OSError: it is not whole; it is removed.
+    """
+    try:
+        read_to_the_end(path)
+        rw.read_seg(str(path))
+    except Exception as error:
+        path.unlink(missing_ok=True)
+        raise OSError(
+            f"{path}: got a file that cannot be read after it was written ({type(error).__name__}), expected a whole "
+            "one. Is the disk full? Make room, and give the same command again."
+        ) from error
 
 
 def case_metrics(

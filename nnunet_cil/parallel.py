@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from time import monotonic
 from typing import Any, TypeVar
@@ -47,6 +48,7 @@ def over_cases(
         what: for the lines of progress, such as ``preprocessing step 1``.
 
     Raises:
+        RuntimeError: a worker process was killed.
         Exception: the first one that ``function`` raises.
     """
     workers = worker_count(len(arguments))
@@ -56,6 +58,11 @@ def over_cases(
         futures = [pool.submit(function, *a) for a in arguments]
         try:
             return _told((future.result() for future in futures), len(arguments), what)
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                f"{what}: got a worker process that was killed, expected all {workers} to end by themselves. Most "
+                f"often memory ran out: set nnUNet_def_n_proc below {workers}, and give the same command again."
+            ) from error
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

@@ -55,12 +55,13 @@ from nnunet_cil.pseudo_labels import (
     only_organs,
     rule_out,
 )
-from nnunet_cil.step_files import check_step_files, read_step_file
+from nnunet_cil.step_files import check_step_files, read_step_file, write_json
 from nnunet_cil.teacher import PROTOTYPE_FILE, Teacher, check_teacher, fuse_weights, grow_head, load_teacher, sha256_of
 
 COST_FILE = "cost.json"
 REPLAY_FILE = "replay.json"
 LATEST_CHECKPOINT = "checkpoint_latest.pth"  # nnU-Net resumes from it even where checkpoint_best.pth is newer
+FINAL_CHECKPOINT = "checkpoint_final.pth"
 
 
 class WarmupPolyLRScheduler(PolyLRScheduler):
@@ -118,6 +119,8 @@ class IncrementalTrainer(nnUNetTrainer):
         self._unlabelled: dict[str, tuple[int, ...]] = {}  # new classes that a case's labels lack
         self._relabelled: dict[str, tuple[int, ...]] = {}  # old classes that a case's own labels hold
         self._resumed: dict | None = None
+        self._is_fused = False
+        self._epoch_started = monotonic()
         self._last_save = monotonic()
         self._seconds_training = 0.0
         self._validation_limit = sys.maxsize
@@ -300,7 +303,7 @@ class IncrementalTrainer(nnUNetTrainer):
             n_bytes += sum(path.stat().st_size for case in cases for path in nnunet_api.case_files(folder, case))
         self.print_to_log_file(f"Keeps scans of earlier steps, which is not privacy-safe: {listing}, {n_bytes} bytes")
         if self.local_rank == 0:
-            Path(self.output_folder, REPLAY_FILE).write_text(json.dumps({"bytes": n_bytes, "cases": listing}))
+            write_json(Path(self.output_folder, REPLAY_FILE), {"bytes": n_bytes, "cases": listing})
         return kept
 
     def _check_new_classes(self, training) -> None:
@@ -526,6 +529,7 @@ class IncrementalTrainer(nnUNetTrainer):
     def on_train_epoch_end(self, train_outputs: list[dict]):
         super().on_train_epoch_end(train_outputs)
         outputs = collate_outputs(train_outputs)
+        self._check_finite(outputs)
         for name in sorted(key for key in outputs if key.startswith(TERM_PREFIX)):
             values = outputs[name]
             if self.is_ddp:
@@ -534,6 +538,22 @@ class IncrementalTrainer(nnUNetTrainer):
             mean = float(np.mean(np.concatenate([np.ravel(value) for value in np.atleast_1d(values)])))
             self.logger.log(name, mean, self.current_epoch)
             self.print_to_log_file(f"{name} {mean:.5f}")
+
+    def _check_finite(self, outputs: dict) -> None:
+        """Stop at a loss of NaN, but where the scaler of float16 left such an iteration out and others were well."""
+        finite = np.isfinite(np.ravel(outputs["loss"]))
+        if finite.all() or (self.grad_scaler is not None and finite.any()):
+            return
+        first = int(np.argmin(finite))
+        terms = {name: float(np.ravel(values)[first]) for name, values in outputs.items()}
+        self._refuse_to_go_on(f"epoch {self.current_epoch}, iteration {first}: got a loss that is not finite ({terms})")
+
+    def _refuse_to_go_on(self, what: str) -> None:
+        raise RuntimeError(
+            f"{what}, expected numbers. The training stops here and its last checkpoint is as it was. The same command "
+            "goes on from there. If it ends in the same way, set a lower `initial_lr` or `later_lr`, or `amp: off`, in "
+            f"a schedule of another name. What is there of this one: {self.output_folder}"
+        )
 
     def validation_step(self, batch: dict) -> dict:
         if self.online:
@@ -557,27 +577,45 @@ class IncrementalTrainer(nnUNetTrainer):
         finally:
             self.network = network
 
+    def on_epoch_start(self):
+        super().on_epoch_start()
+        self._epoch_started = monotonic()
+
     def on_epoch_end(self):
         due = monotonic() - self._last_save >= 60 * self.block.training.checkpoint_minutes
         self.save_every = 1 if due else sys.maxsize
-        started = self.logger.get_value("epoch_start_timestamps", step=-1)
+        self._seconds_training += monotonic() - self._epoch_started
         super().on_epoch_end()
-        self._seconds_training += self.logger.get_value("epoch_end_timestamps", step=-1) - started
 
     def save_checkpoint(self, filename: str) -> None:
-        """nnU-Net's checkpoint plus the objective's and the random generators' state; whole or not at all."""
+        """nnU-Net's checkpoint plus the objective's and the random generators' state; whole or not at all.
+
+        Raises:
+            RuntimeError: the network has weights that are not finite.
+            OSError: the checkpoint could not be written; one that is there is kept.
+        """
         if self.local_rank != 0 or self.disable_checkpointing:
             return super().save_checkpoint(filename)
+        for name, weight in unwrap(self.network).state_dict().items():
+            if not torch.isfinite(weight).all():
+                self._refuse_to_go_on(f"epoch {self.current_epoch}: got weights that are not finite ({name})")
         partial = f"{filename}.part"
-        super().save_checkpoint(partial)
-        checkpoint = read_checkpoint(Path(partial))
-        checkpoint["cil"] = {
-            "objective": {} if self.objective is None else self.objective.state_dict(),
-            "random": _random_state(),
-            "seconds_training": self._seconds_training,
-            "teacher": None if self.teacher is None else self.teacher.sha256,
-        }
-        torch.save(checkpoint, partial)
+        try:
+            super().save_checkpoint(partial)
+            checkpoint = read_checkpoint(Path(partial))
+            checkpoint["cil"] = {
+                "objective": {} if self.objective is None else self.objective.state_dict(),
+                "random": _random_state(),
+                "seconds_training": self._seconds_training,
+                "teacher": None if self.teacher is None else self.teacher.sha256,
+            }
+            torch.save(checkpoint, partial)
+        except (OSError, RuntimeError, ValueError) as error:
+            Path(partial).unlink(missing_ok=True)
+            raise OSError(
+                f"{filename}: got no whole file ({type(error).__name__}: {error}), expected a checkpoint. Is the disk "
+                "full or read-only? The last checkpoint is as it was: make room, and give the same command again."
+            ) from error
         os.replace(partial, filename)
         if Path(filename).name == LATEST_CHECKPOINT:
             self._last_save = monotonic()
@@ -592,6 +630,7 @@ class IncrementalTrainer(nnUNetTrainer):
             )
         super().load_checkpoint(filename)  # nnU-Net's takes a dict by its signature, but fails on one
         self._resumed = resumed
+        self._is_fused = Path(filename).name == FINAL_CHECKPOINT
         self._seconds_training = resumed["seconds_training"]
 
     def do_split(self):
@@ -606,7 +645,7 @@ class IncrementalTrainer(nnUNetTrainer):
             folder = Path(self.output_folder, "validation")
             folder.mkdir(exist_ok=True)
             nothing = {"foreground_mean": {"Dice": float("nan")}, "mean": {}, "metric_per_case": []}
-            (folder / "summary.json").write_text(json.dumps(nothing))
+            write_json(folder / "summary.json", nothing)
             self.print_to_log_file("Validation skipped, as validation_cases says.")
             return
         self._validation_limit = limit
@@ -616,12 +655,14 @@ class IncrementalTrainer(nnUNetTrainer):
             self._validation_limit = sys.maxsize
 
     def on_train_end(self):
-        if self.incremental and (share := self.objective.fusion_share()):
+        if self.incremental and not self._is_fused and (share := self.objective.fusion_share()):
             fuse_weights(unwrap(self.network), self.teacher.weights, share)
             self.print_to_log_file(f"Weights fused: {share:.3f} of the teacher's, {1 - share:.3f} of this step's.")
         super().on_train_end()
         self._remove_taps()
         if self.local_rank == 0:
+            for left in Path(self.output_folder).glob("checkpoint_*.part"):  # by a training that was killed
+                left.unlink()
             self.logger.local_logger.draw(self.output_folder)
             self._write_cost()
         self._store_prototypes()
@@ -635,7 +676,7 @@ class IncrementalTrainer(nnUNetTrainer):
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale,
             "peak_gpu_memory_bytes": torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None,
         }
-        Path(self.output_folder, COST_FILE).write_text(json.dumps(cost, indent=1))
+        write_json(Path(self.output_folder, COST_FILE), cost)
         self.print_to_log_file(f"Cost of this step: {cost}")
 
     def _store_prototypes(self) -> None:
@@ -647,14 +688,14 @@ class IncrementalTrainer(nnUNetTrainer):
         network = unwrap(self.network).eval()
         sha256 = ""
         if self.local_rank == 0 and not self.disable_checkpointing:
-            sha256 = sha256_of(Path(self.output_folder, "checkpoint_final.pth"))
+            sha256 = sha256_of(Path(self.output_folder, FINAL_CHECKPOINT))
         previous = None if self.teacher is None else self.teacher.prototypes
         store = self._extract(network, training, self.block.n_classes, sha256, previous)
         if self.local_rank == 0 and not self.disable_checkpointing:
             folder, labels = Path(self.output_folder), Path(self.preprocessed_dataset_folder_base, "gt_segmentations")
             unnamed = folder / f".{PROTOTYPE_FILE}"  # gets its name last: with it, a training counts as ended
             store.save(unnamed)
-            known = {"checkpoint_final.pth": sha256, PROTOTYPE_FILE: sha256_of(unnamed)}
+            known = {FINAL_CHECKPOINT: sha256, PROTOTYPE_FILE: sha256_of(unnamed)}
             write_lineage(folder, type(self).__name__, labels, self._teacher_link, known)
             os.replace(unnamed, folder / PROTOTYPE_FILE)
             self.print_to_log_file(f"Prototypes of {list(store.class_names)} stored, tau {store.tau:.4f}")

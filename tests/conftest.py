@@ -8,6 +8,9 @@ import signal
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side: threads of one would fight with those of another
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 import SimpleITK

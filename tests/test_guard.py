@@ -246,7 +246,7 @@ def write_network(chain: Chain, step: int, says: int) -> None:
     content = {"network_weights": weights, "trainer_name": "nnUNetTrainerPGCD"}
     torch.save({**content, "init_args": {"configuration": "3d_fullres"}}, folder / "fold_all" / "checkpoint_final.pth")
     for name in ("prototypes.npz", "validation/summary.json"):
-        (folder / "fold_all" / name).touch()
+        (folder / "fold_all" / name).write_text("{}")
 
 
 def test_without_a_test_set_both_models_are_compared_on_the_new_scans(prepared, monkeypatch, caplog):

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib import style as mpl_style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import QuadMesh
@@ -65,7 +65,7 @@ def drawing(path_png: Path, width: float, height: float) -> Iterator[Figure]:
     path_png = Path(path_png)
     if path_png.suffix != ".png":
         raise ValueError(f"path_png: got {path_png.name}, expected a name that ends in .png.")
-    with matplotlib.rc_context(_LOOK):
+    with mpl_style.context(["default", _LOOK]):  # nnU-Net's plots leave seaborn's settings behind
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)
         yield figure

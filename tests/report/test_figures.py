@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+from matplotlib import style as mpl_style
 from matplotlib.figure import Figure
 
 from nnunet_cil.report import figures
@@ -204,6 +205,14 @@ def test_odd_names(tmp_path, drawn):
     figures.plot_subjects({"_m$x$": np.ones((2, 1))}, ["_a$b$ <b>&"], "Dice (%)", tmp_path / "f.png")
     assert drawn[0].legends[0].get_texts()[0].get_text() == " _m\\$x\\$"
     assert drawn[0].axes[0].get_xticklabels()[0].get_text() == " _a\\$b\\$ <b>&"
+
+
+def test_settings_of_others_change_nothing(tmp_path):
+    """A training in the same process leaves the fonts and colours of nnU-Net's plots behind."""
+    figures.plot_subjects({"pgcd": np.ones((2, 1))}, ["liver"], "Dice (%)", tmp_path / "before.png")
+    with mpl_style.context({"font.size": 40, "axes.facecolor": "#EAEAF2", "axes.grid": True, "legend.fontsize": 30}):
+        figures.plot_subjects({"pgcd": np.ones((2, 1))}, ["liver"], "Dice (%)", tmp_path / "after.png")
+    assert (tmp_path / "before.png").read_bytes() == (tmp_path / "after.png").read_bytes()
 
 
 @pytest.mark.filterwarnings("error::UserWarning")
