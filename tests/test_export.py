@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import re
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -18,7 +17,9 @@ import torch
 
 from nnunet_cil.chain import Chain, write_json
 from nnunet_cil.cli.main import main
+from nnunet_cil.environment import trainer_path_variable
 from nnunet_cil.export import CARD_FILE, card_text, export_model, read_card
+from tests import shell
 from tests.test_trainer import make_chain, module_patch, train  # noqa: F401  (a fixture)
 
 SUBJECT = re.compile(rb"case_\d")
@@ -78,8 +79,8 @@ def test_card_says_what_the_model_is_and_its_hashes_hold(archive, capsys):
         assert part in shown
 
 
-def test_stock_nnunet_installs_and_predicts_without_this_package(chain, archive, tmp_path):
-    """The trainer is nnU-Net's own, and this package cannot be imported."""
+def test_stock_nnunet_predicts_the_same_bit_for_bit_without_this_package(chain, archive, tmp_path):
+    """The trainer is nnU-Net's own, and this package cannot be imported; beside it the original with our trainers."""
     (tmp_path / "images").mkdir()
     image = chain.paths["nnUNet_raw"].parent / "source" / "imagesTr" / "case_5_0000.nii.gz"
     (tmp_path / "images" / "a_0000.nii.gz").write_bytes(image.read_bytes())
@@ -87,22 +88,36 @@ def test_stock_nnunet_installs_and_predicts_without_this_package(chain, archive,
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         (tmp_path / name).mkdir()
         environment[name] = str(tmp_path / name)
-    code = f"""
+    line = "x -i images -o {} -d 501 -c 3d_fullres -f all -device cpu -npp 1 -nps 1 --save_probabilities"
+    code = """
 import sys
-sys.modules["nnunet_cil"] = None
-from nnunetv2.model_sharing.model_import import install_model_from_zip_file
-install_model_from_zip_file({str(archive)!r})
-sys.argv = "x -i images -o out -d 501 -c 3d_fullres -f all -device cpu --disable_tta -npp 1 -nps 1".split()
 from nnunetv2.inference.predict_from_raw_data import predict_entry_point
 if __name__ == "__main__":
     predict_entry_point()
 """
-    (tmp_path / "predict.py").write_text(code)
-    done = subprocess.run([sys.executable, "predict.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    predicted = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(tmp_path / "out" / "a.nii.gz")))
-    assert set(np.unique(predicted)) <= {0, 1, 2}
-    assert predicted.shape == SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(image))).shape
+    without_us = f"""
+import sys
+sys.modules["nnunet_cil"] = None
+from nnunetv2.model_sharing.model_import import install_model_from_zip_file
+install_model_from_zip_file({str(archive)!r})
+"""
+    own = environment | {"nnUNet_results": str(chain.paths["nnUNet_results"])}
+    own["nnUNet_extTrainer"] = trainer_path_variable()
+    for name, before, options, variables in (
+        ("exported", without_us, "", environment),
+        ("original", "", " -tr nnUNetTrainerPGCD", own),
+    ):
+        arguments = (line.format(name) + options).split()
+        (tmp_path / f"{name}.py").write_text(
+            before + code.replace("import sys\n", f"import sys\nsys.argv = {arguments}\n")
+        )
+        done = shell.run([sys.executable, f"{name}.py"], tmp_path, variables)
+        assert done.returncode == 0, done.stdout
+    exported, original = (tmp_path / name for name in ("exported", "original"))
+    probabilities = [np.load(folder / "a.npz")["probabilities"] for folder in (exported, original)]
+    assert probabilities[0].shape == (3, *SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(image))).shape)
+    assert probabilities[0].tobytes() == probabilities[1].tobytes()
+    assert (exported / "a.nii.gz").read_bytes() == (original / "a.nii.gz").read_bytes()
 
 
 def test_nothing_is_overwritten_and_what_is_not_trained_is_refused(chain, archive, tmp_path):

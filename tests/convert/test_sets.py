@@ -4,11 +4,14 @@ import json
 import pickle
 import shutil
 from importlib import import_module
+from multiprocessing.pool import ThreadPool
+from types import SimpleNamespace
 
 import nibabel
 import numpy as np
 import pytest
 import SimpleITK
+from nnunetv2.experiment_planning import verify_dataset_integrity
 from PIL import Image
 
 from nnunet_cil.cli.convert import MODALITIES, SETS
@@ -114,6 +117,22 @@ def test_dataset_is_described(tmp_path, nnunet_folders, name, options):
     assert split["test"]
     assert not set(split["train"]) & set(split["test"])
     assert split["origin"]
+
+
+@pytest.mark.parametrize(("name", "options"), CHOICES, ids=IDS)
+def test_nnunet_finds_the_dataset_whole(tmp_path, nnunet_folders, monkeypatch, capsys, name, options):
+    """What ``nnUNetv2_plan_and_preprocess --verify_dataset_integrity`` calls, with threads for its processes."""
+    monkeypatch.setattr(
+        verify_dataset_integrity,
+        "multiprocessing",
+        SimpleNamespace(get_context=lambda _: SimpleNamespace(Pool=ThreadPool)),
+    )
+    folder = write_dataset(find(name, MAKERS[name](tmp_path), options), 300).folder
+    verify_dataset_integrity.verify_dataset_integrity(str(folder), 1)
+    shown = capsys.readouterr().out
+    assert "verify_dataset_integrity Done" in shown
+    assert "error" not in shown.lower().replace("if you didn't see any error messages", "")
+    assert "warning" not in shown.lower()
 
 
 @pytest.mark.parametrize(("name", "options"), CHOICES, ids=IDS)
