@@ -15,6 +15,9 @@ from nnunet_cil.schedule import PlanOverride
 logger = logging.getLogger(__name__)
 
 MIN_STAGES = 3
+SHARE_OF_BATCH_DICE = 0.25
+"""nnU-Net's: where a patch holds less of an image, an organ is missing in most patches, whose Dice would each reward a
+network that finds nothing; so Dice is taken over the batch."""
 
 
 def apply_override(plans: Mapping[str, Any], configuration: str, override: PlanOverride) -> dict[str, Any]:
@@ -51,6 +54,9 @@ def apply_override(plans: Mapping[str, Any], configuration: str, override: PlanO
     if override.patch_size is not None or override.features_per_stage is not None or override.spacing is not None:
         patch_size = override.patch_size or settings["patch_size"]
         _derive_topology(settings, patch_size, override.features_per_stage)
+    if configuration == "3d_fullres" and (override.patch_size is not None or override.spacing is not None):
+        share = np.prod(settings["patch_size"]) / np.prod(settings["median_image_size_in_voxels"])
+        settings["batch_dice"] = bool(share < SHARE_OF_BATCH_DICE)
     return plans
 
 

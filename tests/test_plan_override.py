@@ -51,6 +51,19 @@ def test_small_network_derives_strides_and_kernels():
     assert before == PLANS
 
 
+@pytest.mark.parametrize(
+    ("patch_size", "expected"), [((32, 96, 96), False), ((36, 64, 64), False), ((32, 64, 64), True)]
+)
+def test_dice_is_taken_over_the_batch_where_nnunet_would(patch_size, expected):
+    """Below a quarter of the median image, nnU-Net plans a low resolution as well, and takes Dice over the batch."""
+    assert override(patch_size=patch_size)["batch_dice"] is expected
+    assert "batch_dice" not in override(batch_size=4), "nothing that it follows from has changed"
+
+
+def test_dice_follows_the_spacing_too():
+    assert override(patch_size=(32, 96, 96), spacing=(7.7, 1.25, 1.25))["batch_dice"] is True
+
+
 def test_patch_is_padded_to_the_strides(caplog):
     settings = override(patch_size=(30, 90, 90), features_per_stage=(8, 16, 32))
     assert settings["patch_size"] == [30, 92, 92]
