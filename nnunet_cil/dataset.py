@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import SimpleITK
 
@@ -36,6 +37,7 @@ from nnunet_cil.untrusted import read_json
 logger = logging.getLogger(__name__)
 
 SPACING_TOLERANCE = 1e-3
+DIRECTION_TOLERANCE = 0.5  # of direction cosines: another order or sign of the axes, no rounding
 SHOWN_CASES = 5  # in a warning
 INTENSITY_SAMPLES = 10**8  # in all of step 1, as nnU-Net takes them
 INTENSITY_SAMPLES_LATER = 10**4  # in each case of a later step: nothing is planned from these
@@ -259,7 +261,7 @@ def _scan(case: Case, dataset_json: dict[str, Any], wanted: Mapping[int | str, t
         )
     if images.shape[1:] != seg.shape[1:]:
         return Scan(problem=f"{case.label}: got size {seg.shape[1:]}, expected {images.shape[1:]} as the image.")
-    if not np.isfinite(images).all():
+    if not np.isfinite(images).all() or any(map(_hides_not_finite, case.images)):
         return Scan(problem=f"{case.images[0]}: got voxels that are not finite (NaN or infinite), expected numbers.")
     if unknown := [int(v) if v == int(v) else v for v in np.unique(seg).tolist() if v not in case.table]:
         return Scan(
@@ -275,6 +277,14 @@ def _scan(case: Case, dataset_json: dict[str, Any], wanted: Mapping[int | str, t
     return Scan(found, None, crop, intensities)
 
 
+def _hides_not_finite(path: Path) -> bool:
+    """Whether a NIfTI image has voxels that are not finite: SimpleITK takes them for 0 without a word."""
+    if not path.name.endswith((".nii.gz", ".nii")):
+        return False
+    image = nibabel.load(path)
+    return image.get_data_dtype().kind == "f" and not np.isfinite(image.dataobj.get_unscaled()).all()
+
+
 def _grid_difference(images: Sequence[Path], label: Path) -> str:
     if not label.name.endswith((".nii.gz", ".nii", ".nrrd", ".mha")):
         return ""
@@ -283,12 +293,14 @@ def _grid_difference(images: Sequence[Path], label: Path) -> str:
         reader = SimpleITK.ImageFileReader()
         reader.SetFileName(str(path))
         reader.ReadImageInformation()
-        headers.append((reader.GetSize(), reader.GetSpacing()))
-    for path, (size, spacing) in zip(images, headers[1:], strict=True):
+        headers.append((reader.GetSize(), reader.GetSpacing(), reader.GetDirection()))
+    for path, (size, spacing, direction) in zip(images, headers[1:], strict=True):
         if size != headers[0][0]:
             return f"got size {headers[0][0]}, expected {size} as {path.name}."
         if not np.allclose(spacing, headers[0][1], rtol=SPACING_TOLERANCE):
             return f"got spacing {headers[0][1]} mm, expected {spacing} mm as {path.name}."
+        if not np.allclose(direction, headers[0][2], rtol=0, atol=DIRECTION_TOLERANCE):
+            return f"got axes along {headers[0][2]}, expected {direction} as {path.name}: voxels are compared by index."
     return ""
 
 
@@ -300,11 +312,13 @@ def check_sources(schedule: Schedule, cases: Mapping[int | str, Sequence[Case]])
 
     Raises:
         ValueError: all problems at once: images without labels and the reverse, label values that dataset.json does not
-            have, grids that differ, voxels that are not finite, a step without cases or without any voxel of one of its
-            classes.
+            have, grids that differ, voxels that are not finite, an image twice, a step without cases or without any
+            voxel of one of its classes.
     """
     scans = _scan_all(schedule, cases)
     problems = [scan.problem for scan in scans.values() if scan.problem]
+    own_steps = [of_step for step, of_step in cases.items() if step != JOINT]
+    problems += dict.fromkeys(problem for of_step in own_steps for problem in _same_images(of_step))
     first = dataset_json_of(first_source(schedule))
     problems += _differences_to_model(schedule, first)
     for step in [step for step in schedule.own_steps if step in cases]:
@@ -331,6 +345,16 @@ def check_sources(schedule: Schedule, cases: Mapping[int | str, Sequence[Case]])
     if problems:
         raise ValueError("the data do not fit the schedule; nothing was written:\n  " + "\n  ".join(problems))
     return scans
+
+
+def _same_images(cases: Sequence[Case]) -> list[str]:
+    """Cases of a step whose images are one file under two names, by any kind of link."""
+    first: dict[tuple[int, int], Path] = {}
+    found = []
+    for path in (path for case in cases for path in case.images if path.is_file()):
+        if (other := first.setdefault(_file_id(path), path)) != path:
+            found.append(f"{path}: got the same file as {other.name}, expected each image once.")
+    return found
 
 
 def _labelled_classes(schedule: Schedule, step: int) -> tuple[str, ...]:

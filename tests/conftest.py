@@ -16,6 +16,8 @@ import pytest
 import SimpleITK
 from hypothesis import settings
 
+from tests.faults.table import pytest_itemcollected, pytest_terminal_summary  # noqa: F401  (hooks)
+
 REAL_DATA = Path(os.environ.get("NNUNET_CIL_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 QUICK_SAMPLES = 10**4
 

@@ -414,6 +414,7 @@ def test_variants_may_be_added_to_a_chain_and_settings_of_an_older_version_may_l
         Chain.open(load_schedule(write_schedule(tmp_path / "schedule.yaml", source, extra="method: {lambda_pod: 1}")))
 
 
+@pytest.mark.faults("two runs at once", "the second is refused; the first ends as if alone", "nothing")
 def test_a_chain_that_another_process_works_on_is_refused(schedule):
     chain = Chain.open(schedule)
     code = "import sys, time, filelock\nwith filelock.FileLock(sys.argv[1]):\n print(1, flush=True)\n time.sleep(60)"

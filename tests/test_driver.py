@@ -59,6 +59,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
 
 @linux
+@pytest.mark.faults("killed worker process", "one error, no waiting; the same command goes on", "cases in work")
 def test_a_training_that_is_killed_ends_the_run_although_its_worker_lives_on(train):
     with pytest.raises(RuntimeError, match=r"step 1: the training ended with code -9.\nthe last line\n"):
         train("sleep 600 & echo $! > worker; echo the last line; kill -9 $$")
@@ -77,6 +78,7 @@ def test_an_interrupt_ends_training_and_workers(train):
 
 
 @linux
+@pytest.mark.faults("kill -9", "the same command goes on, and ends as if nothing had been", "unfinished epoch")
 def test_a_training_does_not_outlive_the_run_that_started_it(train):
     run = os.fork()
     if run == 0:

@@ -44,6 +44,7 @@ def equal(a, b) -> bool:
 
 
 @pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.faults("kill -9", "the same command goes on, and ends as if nothing had been", "unfinished epoch")
 def test_killed_in_the_second_epoch_and_resumed_ends_like_uninterrupted(chain, step):
     def ran(resume: bool, killed: bool = False):
         trainer = trainer_of(chain, step, resume=resume)

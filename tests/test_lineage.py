@@ -342,6 +342,7 @@ def test_a_training_does_not_go_on_with_a_teacher_that_was_trained_anew(copied_c
         trainer_of(copied_chain, 2, resume=True).on_train_start()
 
 
+@pytest.mark.faults("kill -9", "the same command goes on, and ends as if nothing had been", "unfinished epoch")
 def test_a_training_has_not_ended_before_its_lineage_is_written(copied_chain, monkeypatch):
     fold = fold_of(copied_chain, 1)
     for name in ("prototypes.npz", LINEAGE_FILE):

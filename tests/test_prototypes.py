@@ -222,6 +222,7 @@ def test_saved_prototypes_come_back_equal(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["prototypes.npz"]
 
 
+@pytest.mark.faults("full disk", "the file before stays", "nothing")
 def test_a_failed_save_leaves_the_older_file(tmp_path, monkeypatch):
     path = tmp_path / "prototypes.npz"
     store = finished(accumulated([batch()]))

@@ -191,6 +191,7 @@ def test_a_case_that_another_training_is_making_is_waited_for(tmp_path, dataset)
     assert made == [0]
 
 
+@pytest.mark.faults("kill -9", "the same command goes on, and ends as if nothing had been", "unfinished epoch")
 def test_interrupted_case_is_made_again(tmp_path, dataset):
     fill = {"accepts": BELIEVED, "patch_size": (4, 4, 4), "with_annotated": False}
     cache = PseudoLabelCache(tmp_path, KEY)

@@ -538,7 +538,11 @@ def test_bad_dataset_json(raw, tmp_path, text, part):
         ("[]", "JSON object with the key 'test'"),
         ('{"train": ["s1"]}', "'test'"),
         ('{"test": [1]}', "subjects must be names"),
-        ('{"test": ["s1"], "train": ["s1", "s2"]}', "['s1'] as test and as training subjects"),
+        pytest.param(
+            '{"test": ["s1"], "train": ["s1", "s2"]}',
+            "['s1'] as test and as training subjects",
+            marks=pytest.mark.faults("case present twice", "a subject in both lists is refused", "nothing"),
+        ),
         ('{"test": ["s1"], "train": ["s8"]}', "['s8']"),
     ],
 )

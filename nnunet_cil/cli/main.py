@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -32,7 +33,8 @@ SUBCOMMANDS = (
     "demo",
 )
 INTERRUPTED = 130
-ERRORS = (ValueError, OSError, RuntimeError)
+ENOUGH_BYTES = 10_000_000
+ERRORS = (ValueError, OSError, RuntimeError, MemoryError)
 """What is told in a line; anything else is a mistake of ours, and shows where it arose."""
 
 logger = logging.getLogger(__name__)
@@ -61,6 +63,17 @@ def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
+def _tell_of_full_disks() -> None:
+    """Say which of nnU-Net's folders are full: of several libraries' errors nobody would guess it."""
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        folder = os.environ.get(name, "")
+        if os.path.isdir(folder) and (free := shutil.disk_usage(folder).free) < ENOUGH_BYTES:
+            print(
+                f"{name}: {folder} has {free / 1e6:.1f} MB left on its disk. Make room: the same command then goes on.",
+                file=sys.stderr,
+            )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``nnunet-cil``.
 
@@ -82,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.run(args)
     except ERRORS as error:
         logger.debug("Traceback of the error:", exc_info=True)
-        print(f"nnunet-cil: error: {error}", file=sys.stderr)
+        print(f"nnunet-cil: error: {error or type(error).__name__}", file=sys.stderr)
+        _tell_of_full_disks()
         return 1
     except KeyboardInterrupt:
         print("Interrupted. The same command goes on from here.", file=sys.stderr)

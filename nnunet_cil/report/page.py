@@ -166,7 +166,7 @@ def _summary(found: Collected) -> str:
     by_method = {
         method: outcomes(row.R, found.classes, found.learned_at, found.guard)
         for method, row in rows.items()
-        if method != JOINT
+        if not _is_joint(method)
     }
     joint = rows.get(JOINT)
     many = len(by_method) > _CARDS_WITH_ORGANS
@@ -286,6 +286,11 @@ def _organ_table(by_method: Mapping[str, Sequence[Outcome]], joint: Row | None, 
     return table("What became of each organ", header, lines)
 
 
+def _is_joint(name: str) -> bool:
+    """Of a row's name, whether it is the joint model, or the ensemble of its folds."""
+    return name.partition(",")[0] == JOINT
+
+
 def _words_on(method: str, found: Collected) -> str:
     own = ", ".join(f"{key} {value}" for key, value in found.own_settings.get(method, {}).items())
     return method_words(method) or (f"The schedule's method, with {own}" if own else "")
@@ -326,7 +331,7 @@ def _cell(row: Row, t: int, c: int, found: Collected) -> str:
 
 def _last_table(found: Collected) -> str:
     """Dice of each organ after the last step, and the scores of the chain; the best method of each column is bold."""
-    compared = [i for i, row in enumerate(found.rows) if row.method != JOINT]
+    compared = [i for i, row in enumerate(found.rows) if not _is_joint(row.method)]
     summaries = [metrics.summary(row.R, found.learned_at) for row in found.rows]
     organs = np.array([[*row.R[-1], summary["mean"]] for row, summary in zip(found.rows, summaries, strict=True)])
     spreads = [math.nan if row.R_std is None else row.R_std[-1] for row in found.rows]
