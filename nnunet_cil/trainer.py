@@ -60,6 +60,7 @@ from nnunet_cil.teacher import PROTOTYPE_FILE, Teacher, check_teacher, fuse_weig
 
 COST_FILE = "cost.json"
 REPLAY_FILE = "replay.json"
+SHARE_OF_SAVING = 0.02  # of a training's time, up to which a checkpoint is written after every epoch
 LATEST_CHECKPOINT = "checkpoint_latest.pth"  # nnU-Net resumes from it even where checkpoint_best.pth is newer
 FINAL_CHECKPOINT = "checkpoint_final.pth"
 
@@ -121,7 +122,7 @@ class IncrementalTrainer(nnUNetTrainer):
         self._resumed: dict | None = None
         self._is_fused = False
         self._epoch_started = monotonic()
-        self._last_save = monotonic()
+        self._last_save, self._seconds_of_save = monotonic(), 0.0
         self._seconds_training = 0.0
         self._validation_limit = sys.maxsize
         self.logger.local_logger = TermLogger()
@@ -582,7 +583,8 @@ class IncrementalTrainer(nnUNetTrainer):
         self._epoch_started = monotonic()
 
     def on_epoch_end(self):
-        due = monotonic() - self._last_save >= 60 * self.block.training.checkpoint_minutes
+        affordable = self._seconds_of_save / SHARE_OF_SAVING
+        due = monotonic() - self._last_save >= min(60 * self.block.training.checkpoint_minutes, affordable)
         self.save_every = 1 if due else sys.maxsize
         self._seconds_training += monotonic() - self._epoch_started
         super().on_epoch_end()
@@ -599,7 +601,7 @@ class IncrementalTrainer(nnUNetTrainer):
         for name, weight in unwrap(self.network).state_dict().items():
             if not torch.isfinite(weight).all():
                 self._refuse_to_go_on(f"epoch {self.current_epoch}: got weights that are not finite ({name})")
-        partial = f"{filename}.part"
+        partial, started = f"{filename}.part", monotonic()
         try:
             super().save_checkpoint(partial)
             checkpoint = read_checkpoint(Path(partial))
@@ -619,6 +621,7 @@ class IncrementalTrainer(nnUNetTrainer):
         os.replace(partial, filename)
         if Path(filename).name == LATEST_CHECKPOINT:
             self._last_save = monotonic()
+            self._seconds_of_save = self._last_save - started
         return None
 
     def load_checkpoint(self, filename: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from nnunet_cil.losses.distillation import fold_logits
 from nnunet_cil.prototypes import PrototypeStore
 from nnunet_cil.schedule import load_schedule
 from nnunet_cil.teacher import grow_head
-from nnunet_cil.trainer import unwrap
+from nnunet_cil.trainer import IncrementalTrainer, unwrap
 from tests.conftest import write_schedule, write_tiny_dataset
 
 CPU = torch.device("cpu")
@@ -354,3 +356,28 @@ def test_other_configurations_train_both_steps(tmp_path, monkeypatch, changes):
     assert np.isfinite([values[0] for key, values in logged.items() if key.startswith("loss_")]).all()
     summary = json.loads((fold_of(chain, 2) / "validation" / "summary.json").read_text(encoding="utf-8"))
     assert len(summary["metric_per_case"]) == (1 if "validation_cases" in changes.get("training", "") else 0)
+
+
+@pytest.mark.parametrize(
+    ("minutes", "seconds_of_save", "seconds_since", "due"),
+    [
+        (2.0, 0.0, 0.1, True),  # the first epoch
+        (2.0, 0.1, 4.9, False),
+        (2.0, 0.1, 5.1, True),  # 2 % of the time
+        (2.0, 30.0, 119.0, False),
+        (2.0, 30.0, 121.0, True),  # 30 s are a quarter of it, but nothing older than two minutes is lost
+        (0.0, 30.0, 0.1, True),
+    ],
+)
+def test_a_checkpoint_is_written_after_every_epoch_that_can_afford_it(
+    monkeypatch, minutes, seconds_of_save, seconds_since, due
+):
+    trainer = IncrementalTrainer.__new__(IncrementalTrainer)
+    trainer.block = SimpleNamespace(training=SimpleNamespace(checkpoint_minutes=minutes))
+    trainer._epoch_started = trainer._seconds_training = 0.0
+    trainer._last_save, trainer._seconds_of_save = 1000.0, seconds_of_save
+    monkeypatch.setattr("nnunet_cil.trainer.monotonic", lambda: 1000.0 + seconds_since)
+    seen = []
+    monkeypatch.setattr(nnUNetTrainer, "on_epoch_end", lambda self: seen.append(self.save_every))
+    trainer.on_epoch_end()
+    assert seen == [1 if due else sys.maxsize]
