@@ -95,6 +95,7 @@ class Chain:
         self.schedule = schedule
         self.content = content
         self._abandoned: list[Path] = []
+        self._is_new = False
         self.paths = nnunet_api.nnunet_paths()
         self.folder = self.paths["nnUNet_results"] / f"chain_{schedule.name}"
 
@@ -117,9 +118,9 @@ class Chain:
             if differing:  # a mistake was mended before anything was planned
                 abandoned, known = [folder for folder in chain._own_datasets() if chain._made(folder)], None
         if known is None:
-            numbers = _free_ids(schedule, len(schedule.steps) + 1, {path.name for path in abandoned})
-            chain = cls(schedule, {"datasets": numbers[:-1], JOINT: numbers[-1], "plans_name": None})
-            chain._abandoned = abandoned
+            chain = cls(schedule, {"plans_name": None})
+            chain._abandoned, chain._is_new = abandoned, True
+            chain._choose_numbers()
         chain.content = {"name": schedule.name, "schedule": schedule.to_dict(), **_without(chain.content, "schedule")}
         return chain
 
@@ -158,6 +159,19 @@ class Chain:
 
     def _lock_file(self, part: str) -> Path:
         return self.folder / "locks" / f"{part}.lock" if part else self.folder / ".lock"
+
+    def claim_numbers(self) -> None:
+        """Write a new chain's ``chain.json``, with numbers that no other chain chose in the meantime."""
+        self.paths["nnUNet_results"].mkdir(parents=True, exist_ok=True)
+        with FileLock(self.paths["nnUNet_results"] / ".nnunet_cil.lock", timeout=PATIENCE_SECONDS):
+            if self._is_new:
+                self._choose_numbers()
+            self.save()
+        self._is_new = False
+
+    def _choose_numbers(self) -> None:
+        numbers = _free_ids(self.schedule, len(self.schedule.steps) + 1, {path.name for path in self._abandoned})
+        self.content |= {"datasets": numbers[:-1], JOINT: numbers[-1]}
 
     def save(self) -> None:
         """Write ``chain.json``."""

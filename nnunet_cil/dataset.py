@@ -591,7 +591,7 @@ def prepare_chain(chain: Chain, variants: Sequence[Variant]) -> None:
             logger.info("joint keeps the scans and labels of all steps, which is not privacy-safe")
         scans = check_sources(schedule, cases)
         tell_of_labels(schedule, cases, scans)
-        chain.save()
+        chain.claim_numbers()
         _install_model(chain)
         write_test_set(chain)
         for step in steps:

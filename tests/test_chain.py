@@ -93,6 +93,18 @@ def test_two_chains_have_different_numbers(schedule, tmp_path, source):
     assert not set(first.content["datasets"]) & set(numbers(second))
 
 
+def test_two_chains_that_start_at_once_have_different_numbers(schedule, tmp_path, source):
+    first = Chain.open(schedule)
+    second = Chain.open(load_schedule(write_schedule(tmp_path / "other.yaml", source, name="other")))
+    first.claim_numbers()
+    second.claim_numbers()
+    assert not set(numbers(first)) & set(numbers(second))
+    for chain in (first, second):
+        before = numbers(chain)
+        chain.claim_numbers()  # the numbers are its own now
+        assert numbers(chain) == numbers(Chain.open(chain.schedule)) == before
+
+
 def test_no_other_chain_gets_the_number_kept_for_joint(schedule, tmp_path, source):
     first = Chain.open(schedule)
     start(first)
