@@ -49,6 +49,7 @@ METHOD_DEFAULTS: Mapping[str, Any] = {
     "new_rows": "prototypes",
     "pgcd_spatial": True,
     "calibration": "prototypes",
+    "voxel_stride": 1,
     "dapd_global": True,
     "dapd_local": True,
     "fusion": None,
@@ -553,7 +554,7 @@ class _Reader:
                 self.problem(f"{where}: {key}", repr(v), "a number from 0 on")
             elif key in ("mu", "tau_old", "tau_background") and v > 1:
                 self.problem(f"{where}: {key}", repr(v), "a number from 0 to 1")
-            elif key == "lwf_temperature" and v == 0:
+            elif key in ("lwf_temperature", "voxel_stride") and v == 0:
                 self.problem(f"{where}: {key}", repr(v), "a number above 0")
         method = {**base, **given}
         if method["class_balance"] is True and method["pseudo_labels"] != "offline":

@@ -13,28 +13,32 @@ from nnunet_cil.losses.distillation import at_least_float32
 CHUNK_ELEMENTS = {"cpu": 2**19}  # a piece of each map fits into the cache, and calls are few
 DEFAULT_CHUNK_ELEMENTS = 2**26  # elsewhere pieces are there to bound the memory
 
+ALL = slice(None)
+
 Terms = Callable[..., Sequence[tuple[torch.Tensor, torch.Tensor]]]
 
 
-def sums_over_chunks(terms: Terms, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Sum of each term over all voxels, differentiable by the inputs; term i depends on input i alone.
+def sums_over_chunks(terms: Terms, *inputs: torch.Tensor, every: slice = ALL) -> tuple[torch.Tensor, ...]:
+    """Sum of each term over voxels, differentiable by the inputs; term i depends on input i alone.
 
     Args:
         terms: called with the number of the image in the batch, the slice of its flattened voxels, and the pieces
             (1, C_i, v) of the inputs, float32 where these are of half precision; gives for each input a scalar and its
             derivative by the piece.
         inputs: (B, C_i, *S) each; what else the terms need they bring along.
+        every: which of an image's flattened voxels take part: all, or each n-th from some voxel on.
     """
-    return _SumsOverChunks.apply(terms, *inputs)
+    return _SumsOverChunks.apply(terms, every, *inputs)
 
 
-def chunks(flat: torch.Tensor, n_channels: int) -> Iterator[tuple[int, slice]]:
+def chunks(flat: torch.Tensor, n_channels: int, every: slice = ALL) -> Iterator[tuple[int, slice]]:
     """Image by image, the voxels of (B, C, V) in pieces on which a map of ``n_channels`` stays small."""
     batch, _, n_voxels = flat.shape
     size = max(1, CHUNK_ELEMENTS.get(flat.device.type, DEFAULT_CHUNK_ELEMENTS) // n_channels)
+    first, _, stride = every.indices(n_voxels)
     for b in range(batch):
-        for start in range(0, n_voxels, size):
-            yield b, slice(start, start + size)
+        for start in range(first, n_voxels, size * stride):
+            yield b, slice(start, start + size * stride, stride)
 
 
 def _is_one(factor: torch.Tensor) -> bool:
@@ -50,12 +54,13 @@ def piece(flat: torch.Tensor, b: int, where: slice) -> torch.Tensor:
 
 class _SumsOverChunks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, terms: Terms, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, terms: Terms, every: slice, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         flat = [tensor.flatten(2) for tensor in inputs]
         wanted = any(ctx.needs_input_grad)
-        gradients = [torch.empty_like(tensor) if wanted else None for tensor in flat]
+        like = torch.empty_like if every == ALL else torch.zeros_like
+        gradients = [like(tensor) if wanted else None for tensor in flat]
         totals: list[torch.Tensor] = []
-        for b, where in chunks(flat[0], max(tensor.shape[1] for tensor in flat)):
+        for b, where in chunks(flat[0], max(tensor.shape[1] for tensor in flat), every):
             found = terms(b, where, *(piece(tensor, b, where) for tensor in flat))
             if wanted:
                 for whole, (_, gradient) in zip(gradients, found, strict=True):
@@ -71,4 +76,4 @@ class _SumsOverChunks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         scaled = [g if _is_one(u) else g * u.to(g.dtype) for g, u in zip(ctx.saved_tensors, upstream, strict=True)]
-        return None, *(g.unflatten(2, shape[2:]) for g, shape in zip(scaled, ctx.shapes, strict=True))
+        return None, None, *(g.unflatten(2, shape[2:]) for g, shape in zip(scaled, ctx.shapes, strict=True))

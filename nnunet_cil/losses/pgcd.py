@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-from nnunet_cil.losses.chunked import piece, sums_over_chunks
+from nnunet_cil.losses.chunked import ALL, piece, sums_over_chunks
 
 EPS = 1e-8
 
@@ -166,16 +166,24 @@ class PGCDLoss(nn.Module):
         spatial: whether the spatial part is there.
         calibrated: whether prototypes weigh voxels and classes; else all weights are 1 (an ablation), and prototypes
             only choose the channels that count.
+        voxel_stride: n, of which each n-th voxel of an image takes part, from a random one on: both terms are means
+            over voxels, and neighbours say nearly the same. 1: all.
     """
 
     balance: torch.Tensor | None
 
     def __init__(
-        self, n_old: int, w_max: float = 3.0, eta: float = 0.01, spatial: bool = True, calibrated: bool = True
+        self,
+        n_old: int,
+        w_max: float = 3.0,
+        eta: float = 0.01,
+        spatial: bool = True,
+        calibrated: bool = True,
+        voxel_stride: int = 1,
     ) -> None:
         super().__init__()
         self.n_old, self.w_max, self.eta = n_old, w_max, eta
-        self.spatial, self.calibrated = spatial, calibrated
+        self.spatial, self.calibrated, self.voxel_stride = spatial, calibrated, voxel_stride
         self.register_buffer("balance", None, persistent=False)
 
     def set_balance(self, balance: torch.Tensor | None) -> None:
@@ -247,6 +255,9 @@ class PGCDLoss(nn.Module):
                 named["pgcd_spatial"] = (student_logits, 1.0)
             if self.eta:
                 named["pgcd_channel"] = (student_features, self.eta)
-            n_voxels = mask.sum().clamp_min(1)
-            means = sums_over_chunks(terms, *(tensor for tensor, _ in named.values()))
+            every = ALL
+            if self.voxel_stride > 1:
+                every = slice(int(torch.randint(self.voxel_stride, ())), None, self.voxel_stride)
+            n_voxels = mask[:, every].sum().clamp_min(1)
+            means = sums_over_chunks(terms, *(tensor for tensor, _ in named.values()), every=every)
             return dict(zip(named, means, strict=True))

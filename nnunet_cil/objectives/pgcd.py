@@ -67,6 +67,7 @@ class PGCD(Objective):
             eta=settings["eta"],
             spatial=settings["pgcd_spatial"],
             calibrated=settings["calibration"] == "prototypes",
+            voxel_stride=settings["voxel_stride"],
         )
         self.dapd = DAPDLoss(settings["n_min"])
         scale = math.sqrt(n_old / (n_classes - n_old)) if settings["scale_by_classes"] else 1.0

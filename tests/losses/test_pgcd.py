@@ -173,6 +173,37 @@ def test_pieces_change_neither_values_nor_gradients(monkeypatch, chunk, channels
         assert (ours.stride()[1] == 1) == channels_last
 
 
+@pytest.mark.parametrize("chunk", [1, 40])
+@pytest.mark.parametrize("stride", [2, 5])
+def test_with_a_stride_it_is_the_loss_of_each_nth_voxel(monkeypatch, chunk, stride):
+    monkeypatch.setitem(chunked.CHUNK_ELEMENTS, "cpu", chunk)
+    starts, inputs = set(), ("student_logits", "student_features")
+    for seed in range(20):
+        batch = Batch((2, 3, 4), seed=seed)
+        torch.manual_seed(seed)
+        start = int(torch.randint(stride, ()))
+        starts.add(start)
+        few = Batch((2, 3, 4), seed=seed)
+        for name in (*inputs, "teacher_logits", "teacher_features"):
+            setattr(few, name, getattr(few, name).flatten(2)[:, :, start::stride].clone())
+        few.labels = few.labels.flatten(1)[:, start::stride]
+        for b in (batch, few):
+            for name in inputs:
+                getattr(b, name).requires_grad_()
+        torch.manual_seed(seed)
+        found, expected = batch.loss(voxel_stride=stride), few.loss()
+        for name, value in expected.items():
+            assert torch.allclose(found[name], value, rtol=1e-5)
+        sum(found.values()).backward()
+        sum(expected.values()).backward()
+        for name in inputs:
+            gradient = getattr(batch, name).grad.flatten(2)
+            assert torch.allclose(gradient[:, :, start::stride], getattr(few, name).grad, rtol=1e-4, atol=1e-7)
+            gradient[:, :, start::stride] = 0
+            assert not gradient.any()
+    assert starts == set(range(stride))
+
+
 def test_zero_where_student_and_teacher_agree():
     batch = Batch()
     batch.student_logits[:, N_OLD:] = -torch.inf
