@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -115,14 +116,16 @@ def dataset_json(n_classes: int) -> dict[str, Any]:
     return {"channel_names": {"0": "MR"}, "labels": labels, "numTraining": 1, "file_ending": ".nii.gz"}
 
 
-def _block(n_classes: int, step: int, method: str, amp: str) -> dict[str, Any]:
+def _block(n_classes: int, step: int, method: str, amp: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    if unknown := sorted(set(settings) - set(METHOD_DEFAULTS)):
+        raise ValueError(f"--contestants: got the settings {unknown}, expected some of {sorted(METHOD_DEFAULTS)}.")
     names = list(dataset_json(n_classes)["labels"])[1:]
     return {
         "chain": "benchmark",
         "step": step,
         "classes": [names[: n_classes - step + 1], *([name] for name in names[n_classes - step + 1 :])],
         "method": method,
-        "settings": dict(METHOD_DEFAULTS),
+        "settings": {**METHOD_DEFAULTS, **settings},
         "training": {"amp": amp, "seed": 0},
         "teacher": None if step == 1 else TEACHER,
     }
@@ -154,7 +157,7 @@ def write_teacher(network: Network, n_classes: int, device: torch.device) -> Non
     from nnunet_cil.trainer import IncrementalTrainer
 
     labels = dataset_json(n_classes - 1)
-    plans = {**plans_of(network, "Dataset001_Old"), "cil": _block(n_classes - 1, 1, "pgcd", "off")}
+    plans = {**plans_of(network, "Dataset001_Old"), "cil": _block(n_classes - 1, 1, "pgcd", "off", {})}
     trainer = _trainer(IncrementalTrainer, plans, labels, device)
     folder = Path(os.environ["nnUNet_results"], TEACHER)  # noqa: SIM112  (nnU-Net's spelling)
     shutil.rmtree(folder, ignore_errors=True)
@@ -174,16 +177,26 @@ def write_teacher(network: Network, n_classes: int, device: torch.device) -> Non
 
 
 def incremental_trainer(
-    network: Network, n_classes: int, device: torch.device, method: str, amp: str, step: int = 2
+    network: Network,
+    n_classes: int,
+    device: torch.device,
+    method: str,
+    amp: str,
+    step: int = 2,
+    settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> Any:
-    """The trainer of a step that learns the last class, with its teacher loaded; each step before learned one, too."""
+    """The trainer of a step that learns the last class, with its teacher loaded; each step before learned one, too.
+
+    Raises:
+        ValueError: ``settings`` has a key that no method has.
+    """
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
     from nnunet_cil.chain import method_of
     from nnunet_cil.environment import trainers_dir
 
     names = {method_of(path.stem): path.stem for path in trainers_dir().glob("nnUNetTrainer*.py")}
-    plans = {**plans_of(network, "Dataset002_New"), "cil": _block(n_classes, step, method, amp)}
+    plans = {**plans_of(network, "Dataset002_New"), "cil": _block(n_classes, step, method, amp, settings)}
     trainer_class = recursive_find_trainer_class_by_name(names[method])
     trainer = _trainer(trainer_class, plans, dataset_json(n_classes), device)
     trainer._load_teacher()

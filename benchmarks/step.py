@@ -21,6 +21,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+import yaml
 
 from benchmarks.setting import (
     NETWORKS,
@@ -41,8 +42,8 @@ def contestants(names: Sequence[str], network: str, n_classes: int, device: torc
 
     Args:
         names: ``stock``, ``stock + teacher`` (the floor: one teacher forward beside nnU-Net's step), or a method with
-            the setting of ``amp`` behind it (``pgcd off``, ``pgcd bfloat16``) and, if it is not 2, the number of the
-            step (``pgcd off 6``); the number of classes stays.
+            the setting of ``amp`` behind it (``pgcd off``, ``pgcd bfloat16``), then, if it is not 2, the number of the
+            step (``pgcd off 6``; the number of classes stays) and settings (``pgcd off voxel_stride=4``).
     """
     chosen = NETWORKS[network]
     batch = batch_of(chosen, n_classes, device)
@@ -56,8 +57,12 @@ def contestants(names: Sequence[str], network: str, n_classes: int, device: torc
             elif name == FLOOR:
                 steps[name] = _floor(stock_trainer(chosen, n_classes, device), chosen, n_classes, device, batch)
             else:
-                method, amp, *step = name.split()
-                trainer = incremental_trainer(chosen, n_classes, device, method, amp, int(*step or [2]))
+                method, amp, *others = name.split()
+                settings = {
+                    key: yaml.safe_load(value) for key, _, value in (o.partition("=") for o in others if "=" in o)
+                }
+                step = int(next((other for other in others if "=" not in other), 2))
+                trainer = incremental_trainer(chosen, n_classes, device, method, amp, step, settings)
                 steps[name] = lambda trainer=trainer: trainer.train_step(batch)
     return steps
 

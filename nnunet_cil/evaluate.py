@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from nnunet_cil import nnunet_api
 from nnunet_cil.chain import JOINT, Chain, Variant, write_json
 from nnunet_cil.checkpoint import read_checkpoint
+from nnunet_cil.host_memory import keeping_freed_memory
 from nnunet_cil.labels import cumulative_labels
 from nnunet_cil.metrics import NO_FORWARD_TRANSFER, final_means, gap_to_joint, plasticity_gap, summary
 from nnunet_cil.parallel import over_cases
@@ -108,7 +109,8 @@ def evaluate_model(chain: Chain, variant: Variant, step: int | str, fold: int | 
     logger.info("%s; by hand:\n  %s", what, predict_line(chain, variant, step, fold))
     preprocessed = chain.folder / "test" / "preprocessed"
     folds = _members(chain, fold)
-    nnunet_api.predict(model, folds, chain.schedule.configuration, images, preprocessed, predictions, device, _say)
+    with keeping_freed_memory(str(device) == "cpu"):
+        nnunet_api.predict(model, folds, chain.schedule.configuration, images, preprocessed, predictions, device, _say)
     number = chain.n_steps if step == JOINT else int(step)
     labels = cumulative_labels([s.classes for s in chain.schedule.steps], number)
     scored = {

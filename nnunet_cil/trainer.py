@@ -31,6 +31,7 @@ from nnunet_cil.checkpoint import read_checkpoint
 from nnunet_cil.extraction import accumulate_prototypes, random_patch, transported
 from nnunet_cil.features import FeatureTap, last_decoder_stage
 from nnunet_cil.given_model import check_no_cascade
+from nnunet_cil.host_memory import keep_freed_memory
 from nnunet_cil.imprinting import class_statistics, imprint
 from nnunet_cil.lineage import teacher_link, write_lineage
 from nnunet_cil.logging_terms import TERM_PREFIX, TermLogger
@@ -105,6 +106,7 @@ class IncrementalTrainer(nnUNetTrainer):
         self.amp_dtype = amp_dtype(training.amp, self.device)
         if self.device.type == "cpu":
             torch.set_num_threads(thread_count())  # nnUNetv2_train takes all cores of the machine
+            keep_freed_memory()
         if self.amp_dtype != torch.float16:
             self.grad_scaler = None
         self.num_epochs = training.epochs
