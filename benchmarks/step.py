@@ -1,8 +1,8 @@
 """Time and memory of a training step: ``python -m benchmarks.step --device cpu``.
 
-All contestants of a setting live in one process and take turns, so that a machine whose speed drifts treats them alike;
-each figure is a median, each ratio the median of the ratios within a round. Memory is measured in a process of its own
-for each contestant: the peak above what the process held before the contestant was built.
+All contestants of a setting take turns, each in a process of its own, so that a machine whose speed drifts treats them
+alike; each figure is a median, each ratio the median of the ratios within a round. Memory is measured in further
+processes: the peak above what the process held before the contestant was built.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import argparse
 import contextlib
 import io
 import json
+import multiprocessing
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -83,17 +85,63 @@ def _floor(trainer: Any, network: Any, n_classes: int, device: torch.device, bat
     return step
 
 
-def time_interleaved(steps: dict[str, Step], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each contestant in each round, after two rounds that do not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(-2, rounds):
-        for name, step in steps.items():
+class _Process:
+    """A contestant in a process of its own: what one sets for its process, as PGCD for the allocator, no other has."""
+
+    def __init__(self, name: str, network: str, n_classes: int, device: torch.device) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._ours, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, name, network, n_classes, device), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.name = name
+        self._answer()
+
+    def seconds(self) -> float:
+        """Time of one step, in which the other processes wait."""
+        self._ours.send(True)
+        return self._answer()
+
+    def _answer(self) -> Any:
+        try:
+            return self._ours.recv()
+        except EOFError as error:
+            raise RuntimeError(
+                f"{self.name}: got no answer from its process, expected the time of a step. If memory ran out, name fewer "
+                "--contestants at a time: all of a setting hold theirs at once."
+            ) from error
+
+    def end(self) -> None:
+        self._ours.send(False)
+        self._process.join()
+
+
+def _serve(asked: Connection, name: str, network: str, n_classes: int, device: torch.device) -> None:
+    with tempfile.TemporaryDirectory() as root:
+        set_folders(Path(root))
+        step = contestants([name], network, n_classes, device)[name]
+        asked.send(None)
+        while asked.recv():
             started = perf_counter()
             step()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
+            asked.send(perf_counter() - started)
+
+
+def time_interleaved(
+    names: Sequence[str], network: str, n_classes: int, rounds: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of each contestant in each round, after three rounds that do not count."""
+    processes = {name: _Process(name, network, n_classes, device) for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(-3, rounds):
+        for name, process in processes.items():
+            taken = process.seconds()
             if number >= 0:
-                seconds[name].append(perf_counter() - started)
+                seconds[name].append(taken)
+    for process in processes.values():
+        process.end()
     return seconds
 
 
@@ -124,9 +172,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     rows = []
     for network in args.networks:
         for n_classes in args.classes:
-            steps = contestants(args.contestants, network, n_classes, device)
-            seconds = time_interleaved(steps, args.rounds, device)
-            del steps
+            seconds = time_interleaved(args.contestants, network, n_classes, args.rounds, device)
             for name in args.contestants:
                 rows.append(
                     {
