@@ -107,7 +107,7 @@ class _Process:
             return self._ours.recv()
         except EOFError as error:
             raise RuntimeError(
-                f"{self.name}: got no answer from its process, expected the time of a step. If memory ran out, name fewer "
+                f"{self.name}: got no answer from its process, expected a time. If memory ran out, name fewer "
                 "--contestants at a time: all of a setting hold theirs at once."
             ) from error
 
