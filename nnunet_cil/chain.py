@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 FIRST_FREE_ID, LAST_ID = 500, 999
 PATIENCE_SECONDS = 120.0
+NUMBERS_LOCK = ".nnunet_cil.lock"
+"""In nnUNet_results, held while a new chain takes its dataset numbers."""
 JOINT = "joint"
 _TRAINER_PREFIX = "nnUNetTrainer"
 REPLAY_TRAINER = "nnUNetTrainerReplay"
@@ -163,7 +165,7 @@ class Chain:
     def claim_numbers(self) -> None:
         """Write a new chain's ``chain.json``, with numbers that no other chain chose in the meantime."""
         self.paths["nnUNet_results"].mkdir(parents=True, exist_ok=True)
-        with FileLock(self.paths["nnUNet_results"] / ".nnunet_cil.lock", timeout=PATIENCE_SECONDS):
+        with FileLock(self.paths["nnUNet_results"] / NUMBERS_LOCK, timeout=PATIENCE_SECONDS):
             if self._is_new:
                 self._choose_numbers()
             self.save()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nnunet_cil.chain import Chain
+from nnunet_cil.chain import NUMBERS_LOCK, Chain
 from nnunet_cil.cli.main import main
 from nnunet_cil.convert import msd
 from nnunet_cil.convert.source import SEEDED, Case, PublicSet, Written, numbered
@@ -168,6 +168,7 @@ def test_no_file_is_named_after_a_class(tmp_path, nnunet_folders):
     before = files_beside(tmp_path)
     prepare_chain(prepared, [prepared.variant("pgcd", 0)])
     own = [folder for root in prepared.paths.values() for folder in root.glob("*_prepared*")]
+    own.append(prepared.paths["nnUNet_results"] / NUMBERS_LOCK)
     assert files_beside(tmp_path, *own) == before
 
 
