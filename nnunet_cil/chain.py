@@ -26,6 +26,8 @@ FIRST_FREE_ID, LAST_ID = 500, 999
 PATIENCE_SECONDS = 120.0
 NUMBERS_LOCK = ".nnunet_cil.lock"
 """In nnUNet_results, held while a new chain takes its dataset numbers."""
+BEFORE_SETTING_EXISTED = {"voxel_stride": 1}
+"""What a chain without the key was trained with, where the default is another."""
 JOINT = "joint"
 _TRAINER_PREFIX = "nnUNetTrainer"
 REPLAY_TRAINER = "nnUNetTrainerReplay"
@@ -186,7 +188,8 @@ class Chain:
         one by one.
         """
         before, now = dict(self.content["schedule"]), json.loads(json.dumps(self.schedule.to_dict()))
-        for key, defaults in (("method", METHOD_DEFAULTS), ("training", asdict(Training()))):
+        of_old = {"method": {**METHOD_DEFAULTS, **BEFORE_SETTING_EXISTED}, "training": asdict(Training())}
+        for key, defaults in of_old.items():
             before[key] = {**defaults, **before[key]}  # a chain of an earlier version, which had fewer settings
         for step, then, given in zip(self.schedule.own_steps, before["steps"], now["steps"], strict=False):
             if self.source_is_gone(step) and "unlabelled" in then:

@@ -257,7 +257,7 @@ class PGCDLoss(nn.Module):
                 named["pgcd_channel"] = (student_features, self.eta)
             every = ALL
             if self.voxel_stride > 1:
-                every = slice(int(torch.randint(self.voxel_stride, ())), None, self.voxel_stride)
+                every = slice(int(torch.randint(min(self.voxel_stride, mask.shape[1]), ())), None, self.voxel_stride)
             n_voxels = mask[:, every].sum().clamp_min(1)
             means = sums_over_chunks(terms, *(tensor for tensor, _ in named.values()), every=every)
             return dict(zip(named, means, strict=True))

@@ -22,7 +22,7 @@ def store(means: np.ndarray | None = None) -> PrototypeStore:
 
 
 def objective(prototypes: PrototypeStore | None = None, **settings) -> PGCD:
-    return PGCD(N_OLD, N_CLASSES, {**METHOD_DEFAULTS, "n_min": 1, **settings}, prototypes or store())
+    return PGCD(N_OLD, N_CLASSES, {**METHOD_DEFAULTS, "n_min": 1, "voxel_stride": 1, **settings}, prototypes or store())
 
 
 def test_all_terms_have_their_weights():
