@@ -218,12 +218,16 @@ class _OneCase:
 
 
 def batch_of(network: Network, n_classes: int, device: torch.device) -> dict[str, Any]:
-    """A batch with all classes in blocks, as the data loader gives it: targets at each resolution."""
+    """A batch with all classes in blocks, as the data loader gives it: targets at each resolution.
+
+    As much is background as in training patches of CHAOS, where half of the runs of `losses.chunked` are nothing else.
+    """
     from nnunet_cil import nnunet_api
 
     strides, _, _ = nnunet_api.pool_and_kernels(network.spacing_mm, network.patch_size)
     rng = np.random.default_rng(0)
     blocks = rng.integers(0, n_classes + 1, (network.batch_size, 1, *(-(-s // 8) for s in network.patch_size)))
+    blocks[rng.random(blocks.shape) < 0.85] = 0
     full = blocks.repeat(8, 2).repeat(8, 3).repeat(8, 4)
     full = torch.from_numpy(full[:, :, : network.patch_size[0], : network.patch_size[1], : network.patch_size[2]])
     full = full.to(torch.int16)

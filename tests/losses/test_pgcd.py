@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from torch.nn.functional import cosine_similarity
 
 from nnunet_cil.losses import chunked
+from nnunet_cil.losses.chunked import runs
 from nnunet_cil.losses.distillation import fold_logits, folded_distillation
-from nnunet_cil.losses.pgcd import PGCDLoss, calibration_weights, pgcd_channel, pgcd_spatial, similarity
+from nnunet_cil.losses.pgcd import PGCDLoss, calibration_weights, pgcd_channel, pgcd_spatial, similarity, thinned
 
 N_OLD, N_CLASSES, D = 3, 5, 6
 
@@ -173,35 +174,58 @@ def test_pieces_change_neither_values_nor_gradients(monkeypatch, chunk, channels
         assert (ours.stride()[1] == 1) == channels_last
 
 
+@pytest.mark.parametrize("stride", [2, 5, 100])
+def test_some_runs_of_background_stand_for_all_of_them(stride):
+    alike = torch.tensor([[True] * 7 + [False] * 5, [False] * 11 + [True], [False] * 12])
+    background = torch.stack([alike, torch.ones_like(alike)], 2)  # in the others one voxel of two is background
+    share = torch.full(background.shape, 0.125)
+    share[:, 8] = 0  # labelled new
+    taken = set()
+    for seed in range(20 * stride):
+        torch.manual_seed(seed)
+        weights, chosen = thinned(share, background, stride)
+        for b, runs_left in enumerate(chosen):
+            left, everywhere = [int(r) for r in runs_left if alike[b, r]], int(alike[b].sum())
+            taken |= {(b, r) for r in left}
+            assert (everywhere > 0) * max(1, everywhere // stride) <= len(left) <= -(-everywhere // stride)
+            others = sorted(set(runs_left.tolist()) - set(left))
+            assert others == [r for r in range(12) if not alike[b, r] and r != 8], "all the others stay"
+            assert torch.equal(weights[b, others], share[b, others])
+            assert weights[b, left].sum().item() == pytest.approx(2 * 0.125 * everywhere)
+    assert taken == {(b, r) for b, r in torch.nonzero(alike).tolist()}, "each takes its turn"
+
+
 @pytest.mark.parametrize("chunk", [1, 40])
-@pytest.mark.parametrize("stride", [2, 5])
-def test_with_a_stride_it_is_the_loss_of_each_nth_voxel(monkeypatch, chunk, stride):
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_with_a_stride_it_is_the_weighted_sum_over_the_voxels_that_are_left(monkeypatch, chunk, channels_last):
     monkeypatch.setitem(chunked.CHUNK_ELEMENTS, "cpu", chunk)
-    starts, inputs = set(), ("student_logits", "student_features")
-    for seed in range(20):
-        batch = Batch((2, 3, 4), seed=seed)
-        torch.manual_seed(seed)
-        start = int(torch.randint(stride, ()))
-        starts.add(start)
-        few = Batch((2, 3, 4), seed=seed)
-        for name in (*inputs, "teacher_logits", "teacher_features"):
-            setattr(few, name, getattr(few, name).flatten(2)[:, :, start::stride].clone())
-        few.labels = few.labels.flatten(1)[:, start::stride]
-        for b in (batch, few):
-            for name in inputs:
-                getattr(b, name).requires_grad_()
-        torch.manual_seed(seed)
-        found, expected = batch.loss(voxel_stride=stride), few.loss()
-        for name, value in expected.items():
-            assert torch.allclose(found[name], value, rtol=1e-5)
-        sum(found.values()).backward()
-        sum(expected.values()).backward()
-        for name in inputs:
-            gradient = getattr(batch, name).grad.flatten(2)
-            assert torch.allclose(gradient[:, :, start::stride], getattr(few, name).grad, rtol=1e-4, atol=1e-7)
-            gradient[:, :, start::stride] = 0
-            assert not gradient.any()
-    assert starts == set(range(stride))
+    names = ("student_logits", "teacher_logits", "student_features", "teacher_features")
+    batch, shape = Batch((4, 6, 8), seed=3), (4, 6, 8)
+    batch.labels[:, :3] = 0
+    if channels_last:
+        for name in names:
+            setattr(batch, name, getattr(batch, name).to(memory_format=torch.channels_last_3d))
+    inputs = [batch.student_logits.requires_grad_(), batch.student_features.requires_grad_()]
+    torch.manual_seed(0)
+    found = batch.loss(voxel_stride=3)
+    torch.manual_seed(0)
+    counted = runs(batch.mask[:, None])[:, 0]
+    share, chosen = thinned(counted / counted.sum(), runs(batch.labels[:, None])[:, 0] == 0, 3)
+    assert all(2 < len(runs_left) < share.shape[1] for runs_left in chosen), "some are left out, some are not"
+    expected, length = dict.fromkeys(found, 0.0), share.shape[2]
+    for b, runs_left in enumerate(chosen):
+        for v in (runs_left[:, None] * length + torch.arange(length)).flatten().tolist():
+            one = Batch(shape)
+            vars(one).update(vars(batch))
+            for name in names:
+                setattr(one, name, getattr(batch, name).flatten(2)[b : b + 1, :, v : v + 1])
+            one.labels = batch.labels.flatten(1)[b : b + 1, v : v + 1]
+            expected = {name: expected[name] + share[b].flatten()[v] * value for name, value in one.loss().items()}
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-7)
+    ours, reference = (torch.autograd.grad(sum(terms.values()), inputs) for terms in (found, expected))
+    for gradient, other in zip(ours, reference, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-7)
 
 
 def test_zero_where_student_and_teacher_agree():
