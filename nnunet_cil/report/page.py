@@ -394,16 +394,18 @@ def _paired_table(found: Collected) -> str:
             interval = "n/a" if math.isnan(low) else f"{_hundred(low, sign='+')} to {_hundred(high, sign='+')}"
             p_text = "n/a" if math.isnan(p) else "&lt; 0.001" if p < 0.001 else f"{p:.3f}"
             name = f"{method_name(method, found.methods)}, {words.get(group, group)}"
-            lines.append([name, _hundred(mean, sign="+"), interval, p_text, str(entry["n_subjects"])])
+            seeds = ", ".join(_hundred(value, sign="+") for value in entry.get("by_seed", ()))
+            lines.append([name, _hundred(mean, sign="+"), interval, p_text, str(entry["n_subjects"]), seeds])
             if entry["note"]:
                 notes.append(f"{method}, {words.get(group, group)}: {entry['note']}.")
     if not lines:
         return ""
     note = (
         f"Points of Dice more (+) or less (-) than {reference} after the last step, subject by subject. An interval "
-        "that holds 0 can be chance. p: Wilcoxon signed-rank test, not corrected for the number of comparisons."
+        "that holds 0 can be chance. p: Wilcoxon signed-rank test, not corrected for the number of comparisons. Both "
+        "are over subjects; how much trainings differ among themselves shows in the differences by seed."
     )
-    header = ["method", "difference", "95 % interval", "p", "subjects"]
+    header = ["method", "difference", "95 % interval", "p", "subjects", "by seed"]
     content = table(f"Difference to {reference}", header, lines) + paragraph(note, "quiet") + missing(notes)
     return details(f"Is the difference to {reference} more than chance?", content)
 

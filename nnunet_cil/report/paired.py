@@ -31,6 +31,8 @@ class PairedDifference:
         n_subjects: test subjects with a pair.
         n_seeds: seeds with a pair.
         note: why something is missing or has no width; empty if all is there.
+        by_seed: mean over the subjects of each seed with a pair, in the order of the seeds. Interval and test know
+            nothing of how much these differ.
     """
 
     mean: float
@@ -40,6 +42,7 @@ class PairedDifference:
     n_subjects: int
     n_seeds: int
     note: str = ""
+    by_seed: tuple[float, ...] = ()
 
 
 def paired_difference(method: BySubject, reference: BySubject, classes: Sequence[str]) -> PairedDifference:
@@ -60,7 +63,7 @@ def paired_difference(method: BySubject, reference: BySubject, classes: Sequence
         interval without width, and no test if they are all zero.
     """
     by_subject: dict[str, list[float]] = {}
-    seeds = set()
+    by_seed: dict[Hashable, list[float]] = {}
     for seed in method:
         for subject, scores in method[seed].items():
             other = reference.get(seed, {}).get(subject, {})
@@ -68,21 +71,22 @@ def paired_difference(method: BySubject, reference: BySubject, classes: Sequence
             differences = [a - b for a, b in pairs if a is not None and b is not None and not math.isnan(a - b)]
             if differences:
                 by_subject.setdefault(subject, []).append(float(np.mean(differences)))
-                seeds.add(seed)
+                by_seed.setdefault(seed, []).append(by_subject[subject][-1])
     # rounded, so that differences which are equal but for floating point are ties
     values = np.round([np.mean(by_subject[subject]) for subject in sorted(by_subject)], DECIMALS)
     mean = float(values.mean()) if values.size else math.nan
-    size = (len(values), len(seeds))
+    size = (len(values), len(by_seed))
+    each = tuple(float(np.mean(differences)) for differences in by_seed.values())
     if len(values) < MIN_SUBJECTS:
         note = f"{len(values)} subjects with a pair, fewer than {MIN_SUBJECTS}: no interval and no test"
-        return PairedDifference(mean, math.nan, math.nan, math.nan, *size, note)
+        return PairedDifference(mean, math.nan, math.nan, math.nan, *size, note, each)
     if not values.any():
-        return PairedDifference(0.0, 0.0, 0.0, math.nan, *size, "no subject differs: no test")
+        return PairedDifference(0.0, 0.0, 0.0, math.nan, *size, "no subject differs: no test", each)
     p_value = float(stats.wilcoxon(values).pvalue)
     if np.ptp(values) == 0:
-        return PairedDifference(mean, mean, mean, p_value, *size, "all subjects differ equally: no width")
+        return PairedDifference(mean, mean, mean, p_value, *size, "all subjects differ equally: no width", each)
     interval = stats.bootstrap((values,), np.mean, method="BCa", rng=np.random.default_rng(0)).confidence_interval
-    return PairedDifference(mean, float(interval.low), float(interval.high), p_value, *size)
+    return PairedDifference(mean, float(interval.low), float(interval.high), p_value, *size, by_seed=each)
 
 
 def paired_differences(
@@ -129,16 +133,19 @@ def paired_table(
         `paired_differences`.
     """
     lines = [["method", "classes", "difference", "95 % interval", "p", "subjects", "seeds"]]
-    notes = []
-    for method, groups in paired_differences(scores, reference, classes, learned_at).items():
+    notes, differences = [], paired_differences(scores, reference, classes, learned_at)
+    several = any(found.n_seeds > 1 for groups in differences.values() for found in groups.values())
+    for method, groups in differences.items():
         for group, found in groups.items():
             interval = f"[{_points(found.low)}, {_points(found.high)}]" if math.isfinite(found.low) else "n/a"
             numbers = [_points(found.mean), interval, _p(found.p_value), str(found.n_subjects), str(found.n_seeds)]
-            lines.append([marked(method), group, *numbers])
+            seeds = [" ".join(_points(value) for value in found.by_seed)] if several else []
+            lines.append([marked(method), group, *numbers, *seeds])
             if found.note:
                 notes.append(f"{method}, {group}: {found.note}.")
     if len(lines) == 1:
         return ""
+    lines[0] += ["by seed"] if several else []
     title = (
         f"{score_name} after the last step, difference to {reference} in points, paired by test subject\n"
         "(interval: bootstrap over subjects; p: Wilcoxon signed-rank, not corrected for the number of comparisons)"

@@ -144,6 +144,20 @@ finetune, new: no subject differs: no test.
     )
 
 
+def test_several_seeds_are_shown_one_by_one():
+    scores = {
+        "pgcd": {seed: one_class(0.5, 0.5, 0.5) for seed in (0, 1)},
+        "mib": {0: one_class(0.9, 0.8, 0.7), 1: one_class(0.1, 0.2, 0.3)},
+        "lwf": {0: one_class(0.4, 0.4, 0.4)},
+    }
+    assert paired_difference(scores["mib"], scores["pgcd"], ["a"]).by_seed == pytest.approx((0.3, -0.3))
+    header, _, *lines = paired_table(scores, "pgcd", ["a"], [1]).splitlines()[2:8]
+    assert header.split()[-3:] == ["seeds", "by", "seed"]
+    assert [line.split()[0] for line in lines] == ["mib", "mib", "lwf", "lwf"]
+    assert lines[0].split()[-3:] == ["2", "+30.0", "-30.0"]
+    assert lines[2].split()[-2:] == ["1", "-10.0"]
+
+
 def test_small_p_values_and_other_scores():
     many = {"a": {0: one_class(*np.linspace(0.5, 0.7, 30))}, "b": {0: one_class(*[0.0] * 30)}}
     text = paired_table(many, "b", ["a"], [1], score_name="NSD")
