@@ -184,18 +184,6 @@ def test_changed_schedule_of_the_same_name_is_refused(schedule, tmp_path, source
     assert kept.read_bytes() == before
 
 
-def test_chain_of_a_version_without_voxel_stride_distilled_all_voxels(schedule, tmp_path, source):
-    start(Chain.open(schedule))
-    kept = tmp_path / "nnUNet_results" / "chain_tiny" / "chain.json"
-    content = json.loads(kept.read_text(encoding="utf-8"))
-    del content["schedule"]["method"]["voxel_stride"]
-    kept.write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"method: chain .*'voxel_stride': 1,.* schedule .*'voxel_stride': 4,"):
-        Chain.open(schedule)
-    same = write_schedule(tmp_path / "same.yaml", source, extra="method: {voxel_stride: 1}")
-    assert numbers(Chain.open(load_schedule(same)))[0] == FIRST_FREE_ID
-
-
 def test_changed_steps_are_named_with_both_values(schedule, tmp_path, source):
     start(Chain.open(schedule))
     path = write_schedule(tmp_path / "changed.yaml", source)

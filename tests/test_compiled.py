@@ -47,7 +47,7 @@ def test_train_steps_are_those_of_the_plain_network(chain, method, request):
     compiled.network.train()
     for seed in range(3):
         batch = next(plain.dataloader_train)
-        torch.manual_seed(seed)  # of the background that distils
+        torch.manual_seed(seed)
         expected = plain.train_step(batch)
         torch.manual_seed(seed)
         found = compiled.train_step(batch)

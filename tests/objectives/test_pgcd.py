@@ -22,7 +22,7 @@ def store(means: np.ndarray | None = None) -> PrototypeStore:
 
 
 def objective(prototypes: PrototypeStore | None = None, **settings) -> PGCD:
-    return PGCD(N_OLD, N_CLASSES, {**METHOD_DEFAULTS, "n_min": 1, "voxel_stride": 1, **settings}, prototypes or store())
+    return PGCD(N_OLD, N_CLASSES, {**METHOD_DEFAULTS, "n_min": 1, **settings}, prototypes or store())
 
 
 def test_all_terms_have_their_weights():
@@ -140,5 +140,5 @@ def test_balance_needs_labels_that_are_counted_once():
 
 @pytest.mark.parametrize(("pseudo_labels", "stride"), [("offline", 4), ("online", 4), ("off", 1)])
 def test_where_old_organs_are_labelled_background_all_of_it_distils(pseudo_labels, stride):
-    settings = {**METHOD_DEFAULTS, "pseudo_labels": pseudo_labels}
+    settings = {**METHOD_DEFAULTS, "voxel_stride": 4, "pseudo_labels": pseudo_labels}
     assert PGCD(N_OLD, N_CLASSES, settings, store()).pgcd.voxel_stride == stride
