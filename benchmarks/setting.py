@@ -220,7 +220,7 @@ class _OneCase:
 def batch_of(network: Network, n_classes: int, device: torch.device) -> dict[str, Any]:
     """A batch with all classes in blocks, as the data loader gives it: targets at each resolution.
 
-    As much is background as in training patches of CHAOS, where half of the runs of `losses.chunked` are nothing else.
+    About as much is background as in training patches of CHAOS.
     """
     from nnunet_cil import nnunet_api
 

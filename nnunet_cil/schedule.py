@@ -49,7 +49,7 @@ METHOD_DEFAULTS: Mapping[str, Any] = {
     "new_rows": "prototypes",
     "pgcd_spatial": True,
     "calibration": "prototypes",
-    "voxel_stride": 1,
+    "voxel_stride": 4,
     "dapd_global": True,
     "dapd_local": True,
     "fusion": None,

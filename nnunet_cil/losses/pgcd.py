@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-from nnunet_cil.losses.chunked import Where, piece, runs, sums_over_chunks
+from nnunet_cil.losses.chunked import piece, rows, sums_over_chunks
 
 EPS = 1e-8
 
@@ -156,32 +156,6 @@ def pgcd_channel(
     return (half_gradient * difference).sum(1), half_gradient.mul_(2)
 
 
-def thinned(share: torch.Tensor, background: torch.Tensor, stride: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Let each ``stride``-th run of background, from a random one on, stand for all such runs of its image.
-
-    Most of an image is background, on which teacher and student agree and neighbours say the same. Runs with an organ
-    or with voxels on which the teacher is not believed stay, so that a small organ loses nothing. Our derivation.
-
-    Args:
-        share: (B, R, L) weight of each voxel, by run; 0 for those that take no part.
-        background: (B, R, L) bool.
-        stride: above 0.
-
-    Returns:
-        The new weights, which have the same sum over these runs of each image, and the numbers of all runs that are
-        left, by image.
-    """
-    share, chosen = share.clone(), []
-    nothing_else = background.all(2)
-    others = (share > 0).any(2) & ~nothing_else
-    for row, is_alike, is_other in zip(share, nothing_else, others, strict=True):
-        alike = torch.nonzero(is_alike)[:, 0]
-        left = alike[int(torch.randint(stride, ())) % max(1, len(alike)) :: stride]
-        row[left] *= len(alike) / max(1, len(left))
-        chosen.append(torch.cat([torch.nonzero(is_other)[:, 0], left]))
-    return share, chosen
-
-
 class PGCDLoss(nn.Module):
     """Both parts of PGCD from logits, features and prototypes.
 
@@ -192,7 +166,7 @@ class PGCDLoss(nn.Module):
         spatial: whether the spatial part is there.
         calibrated: whether prototypes weigh voxels and classes; else all weights are 1 (an ablation), and prototypes
             only choose the channels that count.
-        voxel_stride: n; of the runs of voxels that are background alone each n-th takes part, see `thinned`. 1: all.
+        voxel_stride: n; each n-th row of voxels, from a random one on, stands for all. 1: all take part.
     """
 
     balance: torch.Tensor | None
@@ -246,17 +220,17 @@ class PGCDLoss(nn.Module):
         if not (self.spatial or self.eta):
             return {}
         with torch.autocast(student_logits.device.type, enabled=False):
-            z_t, f_t = (runs(tensor.detach()) for tensor in (teacher_logits, teacher_features))
+            z_t, f_t = (rows(tensor.detach()) for tensor in (teacher_logits, teacher_features))
             usable_prototypes = prototypes.detach()
             if usable is not None:
                 usable_prototypes = torch.where(usable[:, None], usable_prototypes, 0.0)
-            labelled = runs(labels[:, None])[:, 0]
-            mask = (labelled < self.n_old) | (labelled >= student_logits.shape[1])
-            share, chosen = mask / mask.sum().clamp_min(1), None
-            if self.voxel_stride > 1:
-                share, chosen = thinned(share, labelled == 0, self.voxel_stride)
+            stride, chosen = self.voxel_stride, slice(None)
+            if stride > 1:
+                chosen = slice(int(torch.randint(stride, ())), None, stride)
+            mask = rows(((labels < self.n_old) | (labels >= student_logits.shape[1]))[:, None])[:, 0]
+            share = mask / mask[:, chosen].sum().clamp_min(1)
 
-            def terms(b: int, where: Where, *inputs: torch.Tensor) -> list:
+            def terms(b: int, where: slice, *inputs: torch.Tensor) -> list:
                 logits, features = (piece(tensor, b, where) for tensor in (z_t, f_t))
                 own, middle = usable_prototypes.to(features.dtype), centre.to(features.dtype)
                 similarities = similarity(features, own, middle)

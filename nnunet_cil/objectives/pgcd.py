@@ -60,7 +60,6 @@ class PGCD(Objective):
         self.all_usable = bool(prototypes.usable.all())
         self.register_buffer("centre", torch.from_numpy(prototypes.centre).float())
         self.register_buffer("tau", torch.tensor(float(prototypes.tau)))
-        knows_organs = settings["pseudo_labels"] != "off"  # else old organs are labelled background
         self.background = RunningBackground(means[0].clone(), momentum=settings["mu"])
         self.pgcd = PGCDLoss(
             n_old,
@@ -68,7 +67,7 @@ class PGCD(Objective):
             eta=settings["eta"],
             spatial=settings["pgcd_spatial"],
             calibrated=settings["calibration"] == "prototypes",
-            voxel_stride=settings["voxel_stride"] if knows_organs else 1,
+            voxel_stride=settings["voxel_stride"],
         )
         self.dapd = DAPDLoss(settings["n_min"])
         scale = math.sqrt(n_old / (n_classes - n_old)) if settings["scale_by_classes"] else 1.0

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch.nn.functional import cosine_similarity
 
 from nnunet_cil.losses import chunked
-from nnunet_cil.losses.chunked import runs
+from nnunet_cil.losses.chunked import chunks, rows
 from nnunet_cil.losses.distillation import fold_logits, folded_distillation
-from nnunet_cil.losses.pgcd import PGCDLoss, calibration_weights, pgcd_channel, pgcd_spatial, similarity, thinned
+from nnunet_cil.losses.pgcd import PGCDLoss, calibration_weights, pgcd_channel, pgcd_spatial, similarity
 
 N_OLD, N_CLASSES, D = 3, 5, 6
 
@@ -174,58 +174,57 @@ def test_pieces_change_neither_values_nor_gradients(monkeypatch, chunk, channels
         assert (ours.stride()[1] == 1) == channels_last
 
 
-@pytest.mark.parametrize("stride", [2, 5, 100])
-def test_some_runs_of_background_stand_for_all_of_them(stride):
-    alike = torch.tensor([[True] * 7 + [False] * 5, [False] * 11 + [True], [False] * 12])
-    background = torch.stack([alike, torch.ones_like(alike)], 2)  # in the others one voxel of two is background
-    share = torch.full(background.shape, 0.125)
-    share[:, 8] = 0  # labelled new
-    taken = set()
-    for seed in range(20 * stride):
-        torch.manual_seed(seed)
-        weights, chosen = thinned(share, background, stride)
-        for b, runs_left in enumerate(chosen):
-            left, everywhere = [int(r) for r in runs_left if alike[b, r]], int(alike[b].sum())
-            taken |= {(b, r) for r in left}
-            assert (everywhere > 0) * max(1, everywhere // stride) <= len(left) <= -(-everywhere // stride)
-            others = sorted(set(runs_left.tolist()) - set(left))
-            assert others == [r for r in range(12) if not alike[b, r] and r != 8], "all the others stay"
-            assert torch.equal(weights[b, others], share[b, others])
-            assert weights[b, left].sum().item() == pytest.approx(2 * 0.125 * everywhere)
-    assert taken == {(b, r) for b, r in torch.nonzero(alike).tolist()}, "each takes its turn"
+@pytest.mark.parametrize("start", [0, 1, 2])
+@pytest.mark.parametrize("chunk", [1, 40, 10**9])
+def test_pieces_of_chosen_rows_are_these_rows(monkeypatch, chunk, start):
+    monkeypatch.setitem(chunked.CHUNK_ELEMENTS, "cpu", chunk)
+    voxels = torch.arange(2 * 3 * 5 * 4).reshape(2, 1, 3, 5, 4)
+    found = [rows(voxels)[b, :, where].flatten() for b, where in chunks(rows(voxels), 2, slice(start, None, 3))]
+    assert torch.equal(torch.cat(found), voxels.reshape(2, 15, 4)[:, start::3].flatten())
+    assert all(2 * len(piece) <= max(chunk, 2 * 4) for piece in found)
 
 
 @pytest.mark.parametrize("chunk", [1, 40])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_with_a_stride_it_is_the_weighted_sum_over_the_voxels_that_are_left(monkeypatch, chunk, channels_last):
+@pytest.mark.parametrize("spatial", [(3, 5, 4), (7, 4)])
+def test_with_a_stride_it_is_the_loss_of_each_nth_row_alone(monkeypatch, chunk, channels_last, spatial):
     monkeypatch.setitem(chunked.CHUNK_ELEMENTS, "cpu", chunk)
-    names = ("student_logits", "teacher_logits", "student_features", "teacher_features")
-    batch, shape = Batch((4, 6, 8), seed=3), (4, 6, 8)
-    batch.labels[:, :3] = 0
+    batch = Batch(spatial)
+    maps = ("student_logits", "teacher_logits", "student_features", "teacher_features")
     if channels_last:
-        for name in names:
-            setattr(batch, name, getattr(batch, name).to(memory_format=torch.channels_last_3d))
+        layout = torch.channels_last_3d if len(spatial) == 3 else torch.channels_last
+        for name in maps:
+            setattr(batch, name, getattr(batch, name).to(memory_format=layout))
     inputs = [batch.student_logits.requires_grad_(), batch.student_features.requires_grad_()]
-    torch.manual_seed(0)
-    found = batch.loss(voxel_stride=3)
-    torch.manual_seed(0)
-    counted = runs(batch.mask[:, None])[:, 0]
-    share, chosen = thinned(counted / counted.sum(), runs(batch.labels[:, None])[:, 0] == 0, 3)
-    assert all(2 < len(runs_left) < share.shape[1] for runs_left in chosen), "some are left out, some are not"
-    expected, length = dict.fromkeys(found, 0.0), share.shape[2]
-    for b, runs_left in enumerate(chosen):
-        for v in (runs_left[:, None] * length + torch.arange(length)).flatten().tolist():
-            one = Batch(shape)
-            vars(one).update(vars(batch))
-            for name in names:
-                setattr(one, name, getattr(batch, name).flatten(2)[b : b + 1, :, v : v + 1])
-            one.labels = batch.labels.flatten(1)[b : b + 1, v : v + 1]
-            expected = {name: expected[name] + share[b].flatten()[v] * value for name, value in one.loss().items()}
-    for name, value in found.items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-7)
-    ours, reference = (torch.autograd.grad(sum(terms.values()), inputs) for terms in (found, expected))
-    for gradient, other in zip(ours, reference, strict=True):
-        torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-7)
+    taken = set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        found = batch.loss(voxel_stride=3)
+        torch.manual_seed(seed)
+        first = int(torch.randint(3, ()))
+        taken.add(first)
+        fewer = Batch(spatial)
+        vars(fewer).update(vars(batch))
+        for name in (*maps, "labels"):
+            value = getattr(batch, name)
+            at = 1 if name == "labels" else 2
+            setattr(fewer, name, value.flatten(at).unflatten(at, (-1, spatial[-1]))[..., first::3, :])
+        expected = fewer.loss(voxel_stride=1)
+        for name, value in found.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-7)
+        ours, reference = (torch.autograd.grad(sum(terms.values()), inputs) for terms in (found, expected))
+        for gradient, other in zip(ours, reference, strict=True):
+            torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-7)
+            assert (gradient.stride()[1] == 1) == channels_last
+    assert taken == {0, 1, 2}, "each takes its turn"
+
+
+def test_of_one_row_the_first_is_taken():
+    """A stride beyond the rows there are leaves some iterations without distillation, and no NaN."""
+    batch = Batch((1, 4))
+    for seed in range(5):
+        torch.manual_seed(seed)
+        assert all(torch.isfinite(value) for value in batch.loss(voxel_stride=4).values())
 
 
 def test_zero_where_student_and_teacher_agree():

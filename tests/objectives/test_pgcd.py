@@ -22,7 +22,7 @@ def store(means: np.ndarray | None = None) -> PrototypeStore:
 
 
 def objective(prototypes: PrototypeStore | None = None, **settings) -> PGCD:
-    return PGCD(N_OLD, N_CLASSES, {**METHOD_DEFAULTS, "n_min": 1, **settings}, prototypes or store())
+    return PGCD(N_OLD, N_CLASSES, {**METHOD_DEFAULTS, "n_min": 1, "voxel_stride": 1, **settings}, prototypes or store())
 
 
 def test_all_terms_have_their_weights():
@@ -136,9 +136,3 @@ def test_balance_is_taken_from_the_counts_of_the_old_classes_only_where_asked_fo
 def test_balance_needs_labels_that_are_counted_once():
     with pytest.raises(ValueError, match="class_balance: got pseudo_labels 'online', expected 'offline'"):
         objective(class_balance=True, pseudo_labels="online")
-
-
-@pytest.mark.parametrize(("pseudo_labels", "stride"), [("offline", 4), ("online", 4), ("off", 1)])
-def test_where_old_organs_are_labelled_background_all_of_it_distils(pseudo_labels, stride):
-    settings = {**METHOD_DEFAULTS, "voxel_stride": 4, "pseudo_labels": pseudo_labels}
-    assert PGCD(N_OLD, N_CLASSES, settings, store()).pgcd.voxel_stride == stride
