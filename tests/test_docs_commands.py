@@ -38,6 +38,7 @@ ONLY_PARSED = {  # by the first line of the block
     "nnunet-cil compare examples/chaos_2-2.yaml --methods pgcd pseudo pseudo_kd --seeds 0 1 2": (
         "needs a public set, takes hours"
     ),
+    "nnunet-cil compare examples/hippocampus_methods.yaml \\": "needs a public set, takes hours",
     "nnunet-cil compare abdomen.yaml --launcher slurm": "needs a Slurm: test_launcher.py starts one",
     "nnunet-cil run plans/btcv_4-4.yaml": "needs a public set, takes days; convert/test_plans.py loads the schedule",
 }
