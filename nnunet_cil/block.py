@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from nnunet_cil.labels import check_regions
-from nnunet_cil.schedule import METHOD_DEFAULTS, Training
+from nnunet_cil.schedule import METHOD_DEFAULTS, STORED_METHOD_DEFAULTS, Training
 
 BLOCK_KEY = "cil"
 
@@ -106,7 +106,7 @@ class StepBlock:
             **dict(
                 raw,
                 classes=tuple(tuple(names) for names in raw["classes"]),
-                settings={**METHOD_DEFAULTS, **raw.get("settings", {})},
+                settings={**STORED_METHOD_DEFAULTS, **raw["settings"]} if "settings" in raw else dict(METHOD_DEFAULTS),
                 training=Training(**raw.get("training", {})),
                 mirror_axes=None if raw.get("mirror_axes") is None else tuple(raw["mirror_axes"]),
             )

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from nnunet_cil import nnunet_api
 from nnunet_cil.environment import trainers_dir
 from nnunet_cil.lineage import CHAIN_EXPECTED, CHAIN_FILE, CHANGEABLE_KEYS, check_chain, sealed
-from nnunet_cil.schedule import ABLATIONS, METHOD_DEFAULTS, Schedule, Training, kept_source
+from nnunet_cil.schedule import ABLATIONS, STORED_METHOD_DEFAULTS, Schedule, Training, kept_source
 from nnunet_cil.step_files import read_step_file, write_json
 from nnunet_cil.untrusted import read_json
 
@@ -186,7 +186,7 @@ class Chain:
         one by one.
         """
         before, now = dict(self.content["schedule"]), json.loads(json.dumps(self.schedule.to_dict()))
-        for key, defaults in (("method", METHOD_DEFAULTS), ("training", asdict(Training()))):
+        for key, defaults in (("method", STORED_METHOD_DEFAULTS), ("training", asdict(Training()))):
             before[key] = {**defaults, **before[key]}  # a chain of an earlier version, which had fewer settings
         for step, then, given in zip(self.schedule.own_steps, before["steps"], now["steps"], strict=False):
             if self.source_is_gone(step) and "unlabelled" in then:

@@ -63,6 +63,8 @@ METHOD_DEFAULTS: Mapping[str, Any] = {
     "ewc_patches": 50,
     "replay_cases": 4,
 }
+STORED_METHOD_DEFAULTS: Mapping[str, Any] = {**METHOD_DEFAULTS, "voxel_stride": 1}
+"""What a key meant that a stored chain or model lacks: a version without it trained so."""
 METHOD_CHOICES = {
     "pseudo_labels": ("offline", "online", "off"),
     "old_prototypes": ("reextract", "transport"),

@@ -55,7 +55,7 @@ def test_first_step_has_no_old_classes():
 
 def test_what_a_block_leaves_out_has_the_defaults():
     block = read(settings={"mu": 0.5}, training={"epochs": 9}, teacher_checkpoint=None)
-    assert block.settings == {**METHOD_DEFAULTS, "mu": 0.5}
+    assert block.settings == {**METHOD_DEFAULTS, "mu": 0.5, "voxel_stride": 1}, "a version without it took all voxels"
     assert block.training == Training(epochs=9)
     assert block.teacher_checkpoint == "checkpoint_final.pth"
 

@@ -166,7 +166,8 @@ class PGCDLoss(nn.Module):
         spatial: whether the spatial part is there.
         calibrated: whether prototypes weigh voxels and classes; else all weights are 1 (an ablation), and prototypes
             only choose the channels that count.
-        voxel_stride: n; each n-th row of voxels, from a random one on, stands for all. 1: all take part.
+        voxel_stride: n; each n-th row of voxels stands for all, and they take turns. 1: all take part. Whose turn it is
+            belongs to the state, not to a random stream: batches are the same for all n.
     """
 
     balance: torch.Tensor | None
@@ -183,11 +184,18 @@ class PGCDLoss(nn.Module):
         super().__init__()
         self.n_old, self.w_max, self.eta = n_old, w_max, eta
         self.spatial, self.calibrated, self.voxel_stride = spatial, calibrated, voxel_stride
+        self._turn = 0
         self.register_buffer("balance", None, persistent=False)
 
     def set_balance(self, balance: torch.Tensor | None) -> None:
         """Set b_c (n_old,), the weight of a voxel by the teacher's decision; None weighs all the same."""
         self.balance = balance
+
+    def get_extra_state(self) -> int:
+        return self._turn
+
+    def set_extra_state(self, state: int) -> None:
+        self._turn = state
 
     def forward(
         self,
@@ -224,9 +232,10 @@ class PGCDLoss(nn.Module):
             usable_prototypes = prototypes.detach()
             if usable is not None:
                 usable_prototypes = torch.where(usable[:, None], usable_prototypes, 0.0)
-            stride, chosen = self.voxel_stride, slice(None)
-            if stride > 1:
-                chosen = slice(int(torch.randint(stride, ())), None, stride)
+            chosen = slice(None)
+            if self.voxel_stride > 1:
+                chosen = slice(self._turn, None, self.voxel_stride)
+                self._turn = (self._turn + 1) % self.voxel_stride
             mask = rows(((labels < self.n_old) | (labels >= student_logits.shape[1]))[:, None])[:, 0]
             share = mask / mask[:, chosen].sum().clamp_min(1)
 
