@@ -112,7 +112,7 @@ def measure(args: argparse.Namespace, root: Path) -> dict[str, Any]:
         "preparing step 2": lambda: _nnunet_preparation(chain.dataset_id(2), workers),
         "training step 2": lambda: subprocess.run(command, check=True, capture_output=True, env=environment),
         "predicting and scoring step 2": lambda: nnunet_api.predict(
-            model, "all", "3d_fullres", images, root / "p", root / "o", device, lambda line: None
+            model, ("all",), "3d_fullres", images, root / "p", root / "o", device, lambda line: None
         ),
     }
     for phase, way in theirs.items():
