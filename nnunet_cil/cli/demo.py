@@ -16,12 +16,12 @@ test:
   classes: {{liver: liver, spleen: spleen, right_kidney: kidneys, left_kidney: kidneys}}
 fold: all
 device: {device}
-plans: {{patch_size: [32, 48, 48], batch_size: 2, features_per_stage: [8, 16, 32, 32]}}
+plans: {{patch_size: [24, 40, 40], batch_size: 2, features_per_stage: [8, 16, 32, 32]}}
 mirror_axes: []  # a short training has no time to learn mirrored abdomens
 training:
   epochs: {epochs}
   iterations_per_epoch: 100
-  val_iterations_per_epoch: 2
+  val_iterations_per_epoch: 5
   initial_lr: 0.02
   later_lr: 0.02
   seed: {seed}

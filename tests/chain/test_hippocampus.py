@@ -19,9 +19,17 @@ SCHEDULE = {
     "name": "hippocampus",
     "images": "disjoint",
     "device": "cpu",
-    "plans": {"patch_size": [40, 56, 40], "batch_size": 2, "features_per_stage": [8, 16, 32, 64]},
+    # coarse, and patches of parts of an image, on which classes appear soon: minutes also on old processors
+    "plans": {"spacing": [2, 2, 2], "patch_size": [16, 16, 16], "batch_size": 4, "features_per_stage": [8, 16, 32]},
     "mirror_axes": [2],
-    "training": {"epochs": 4, "iterations_per_epoch": 100, "val_iterations_per_epoch": 2, "seed": 0},
+    "training": {
+        "epochs": 6,
+        "iterations_per_epoch": 100,
+        "val_iterations_per_epoch": 2,
+        "initial_lr": 0.02,
+        "later_lr": 0.02,
+        "seed": 0,
+    },
     "steps": [["anterior"], ["posterior"]],
 }
 
