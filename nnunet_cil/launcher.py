@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from nnunet_cil.chain import Chain
+from nnunet_cil.parallel import on_sigterm
 from nnunet_cil.schedule import Schedule
 from nnunet_cil.step_files import write_json
 
@@ -76,7 +77,7 @@ class _Job:
             if os.environ.get("SUBMITIT_EXECUTOR") == "local":
                 raise KeyboardInterrupt
 
-        signal.signal(signal.SIGTERM, end)
+        on_sigterm(end)
         os.environ.update(self.environment)
         logging.basicConfig(format="%(message)s", stream=sys.stdout)
         logging.getLogger("nnunet_cil").setLevel(logging.INFO)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import cache
 from multiprocessing import get_context
 from time import monotonic
 from typing import Any, TypeVar
@@ -16,6 +18,33 @@ Result = TypeVar("Result")
 
 SMALL_BYTES = 64 * 2**20
 TELL_EVERY_SECONDS = 10.0
+
+
+def on_sigterm(handler: Callable[[int, Any], None]) -> None:
+    """Have ``handler`` called on SIGTERM in this process, while workers that it forks end by it, as pools expect.
+
+    Python forgets a signal that reaches a forked process before it is set up. A pool that ends a worker so early would
+    wait for it for ever. So SIGTERM waits while a process forks.
+    """
+    signal.signal(signal.SIGTERM, handler)
+    _watch_forks()
+
+
+@cache
+def _watch_forks() -> None:
+    """Hooks of a fork can't be taken back, so they are there once."""
+
+    def hold() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def let() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+    def end_by_it() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        let()
+
+    os.register_at_fork(before=hold, after_in_parent=let, after_in_child=end_by_it)
 
 
 def core_count() -> int:

@@ -6,13 +6,14 @@ import argparse
 import logging
 import os
 import shutil
-import signal
 import sys
 import threading
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
+
+from nnunet_cil.parallel import on_sigterm
 
 SUBCOMMANDS = (
     "run",
@@ -89,8 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.debug:
         warnings.simplefilter("ignore", FutureWarning)  # of torch, about what nnU-Net's dependencies use
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _interrupt)
-        os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+        on_sigterm(_interrupt)
     try:
         return args.run(args)
     except ERRORS as error:
