@@ -15,12 +15,12 @@ class TermLogger(LocalLogger):
     """Accepts keys that start with ``loss_`` and adds a panel of them to ``progress.png``.
 
     nnU-Net draws its plot at the end of every epoch, which takes seconds: with short epochs that is most of the time.
-    It is drawn at most once a minute here, and by ``draw`` at the end of training.
+    It is drawn once a minute here, from the first minute on, and by ``draw`` at the end of training.
     """
 
     def __init__(self) -> None:
         super().__init__(verbose=False)
-        self._last_plot = -PLOT_EVERY_SECONDS
+        self._last_plot = monotonic()
 
     def log(self, key: str, value: float, epoch: int) -> None:
         if key.startswith(TERM_PREFIX):

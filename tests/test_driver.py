@@ -69,9 +69,14 @@ def test_a_training_that_is_killed_ends_the_run_although_its_worker_lives_on(tra
 
 @linux
 def test_an_interrupt_ends_training_and_workers(train):
-    threading.Timer(0, lambda: pid_in(Path("worker")) and os.kill(os.getpid(), signal.SIGINT)).start()
+    def interrupt() -> None:
+        """Once the driver reads what the training says."""
+        wait_until(lambda: any("begins" in log.read_text() for log in Path().rglob("logs/*.log")), "nothing was said")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Timer(0, interrupt).start()
     with pytest.raises(KeyboardInterrupt):
-        train("echo $$ > training; sleep 600 & echo $! > worker; wait")
+        train("echo $$ > training; sleep 600 & echo $! > worker; echo it begins; wait")
     for name in ("training", "worker"):
         pid = pid_in(Path(name))
         wait_until(lambda pid=pid: is_gone(pid), f"the {name} lives on")

@@ -20,7 +20,7 @@ plans: {{patch_size: [24, 40, 40], batch_size: 2, features_per_stage: [8, 16, 32
 mirror_axes: []  # a short training has no time to learn mirrored abdomens
 training:
   epochs: {epochs}
-  iterations_per_epoch: 100
+  iterations_per_epoch: 50
   val_iterations_per_epoch: 5
   initial_lr: 0.02
   later_lr: 0.02
@@ -43,7 +43,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--methods", nargs="+", default=["pgcd", "finetune"], metavar="METHOD", help="methods to compare"
     )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to train")
-    parser.add_argument("--epochs", type=int, default=6, help="epochs of 100 iterations in each step")
+    parser.add_argument("--epochs", type=int, default=12, help="epochs of 50 iterations in each step")
     parser.add_argument("--seed", type=int, default=0, help="seed of the subjects and of the trainings")
     parser.set_defaults(run=run)
 

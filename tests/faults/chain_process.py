@@ -117,6 +117,8 @@ def command(order: dict[str, Any]) -> int:
     from nnunet_cil import driver
     from nnunet_cil.cli.main import main
 
+    os.environ.clear()
+    os.environ.update(order["environment"])
     log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -143,6 +145,8 @@ def carry_out(order: dict[str, Any]) -> dict[str, Any]:
 def import_all() -> None:
     from multiprocessing.pool import ThreadPool
 
+    import matplotlib.backends.backend_pdf  # noqa: F401
+    import monai.metrics  # noqa: F401
     import nnunetv2.inference.predict_from_raw_data
     import nnunetv2.run.run_training
     import nnunetv2.utilities.utils

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
 import json
@@ -54,6 +55,28 @@ class Kill:
     training_only: bool = False
 
 
+@functools.cache
+def command_process(**own: str) -> subprocess.Popen[str]:
+    """The process that forks commands; chains with the same variables of their own share it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.faults.chain_process"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=variables(Path(os.devnull), own),
+        cwd=Path(__file__).parents[2],
+    )
+
+
+def variables(root: Path, own: Mapping[str, str]) -> dict[str, str]:
+    """Variables of commands whose folders lie in ``root``."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("nnUNet_")}
+    one_thread = dict.fromkeys(ONE_THREAD, "1") | {"BLOSC_NTHREADS": "1"}
+    folders = {name: str(root / name) for name in FOLDERS}
+    return clean | folders | one_thread | {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1"} | dict(own)
+
+
 class TinyChain:
     """A schedule in a folder of its own, and a process that runs its commands."""
 
@@ -63,24 +86,8 @@ class TinyChain:
         (root / "source" / "split.json").write_text(json.dumps({"test": ["case_3", "case_4"]}))
         self.schedule = root / "schedule.yaml"
         self.schedule.write_text(SCHEDULE)
-        own, self.environment = environment or {}, {k: v for k, v in os.environ.items() if not k.startswith("nnUNet_")}
-        self.environment |= {name: str(root / name) for name in FOLDERS} | dict.fromkeys(ONE_THREAD, "1")
-        self.environment |= {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1", "BLOSC_NTHREADS": "1", **own}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.chain_process"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=open(root / "process.log", "w"),  # noqa: SIM115
-            text=True,
-            env=self.environment,
-            cwd=Path(__file__).parents[2],
-        )
-
-    def __enter__(self) -> TinyChain:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._process.communicate()
+        self.environment = variables(root, environment or {})
+        self._process = command_process(**environment or {})
 
     def types(self, command: str, *arguments: str, kill: Kill | None = None, forked: bool = True) -> int:
         """Exit status of a command of ``nnunet-cil`` on the schedule; -9 if it was killed.
@@ -90,6 +97,7 @@ class TinyChain:
         """
         line = [command, str(self.schedule), *arguments]
         order = {"arguments": line, "forked": forked, "log": str(self.log), **asdict(kill or Kill())}
+        order["environment"] = self.environment
         print(json.dumps(order), file=self._process.stdin, flush=True)
         return json.loads(self._process.stdout.readline())["status"]
 

@@ -40,8 +40,8 @@ def own_disk(folder: Path) -> Iterator[None]:
 def undisturbed(tmp_path_factory) -> Path:
     """Where a chain ran to which nothing happened."""
     root = tmp_path_factory.mktemp("undisturbed")
-    with TinyChain(root) as chain:
-        assert chain.types("run") == 0, chain.said()
+    chain = TinyChain(root)
+    assert chain.types("run") == 0, chain.said()
     return root
 
 
@@ -73,7 +73,8 @@ def one_error(chain: TinyChain) -> str:
 @pytest.mark.parametrize("full", FOLDERS)
 def test_a_full_disk(tmp_path, undisturbed, expected, full):
     needed = used_bytes(undisturbed / full)
-    with own_disk(tmp_path / full), TinyChain(tmp_path) as chain:
+    with own_disk(tmp_path / full):
+        chain = TinyChain(tmp_path)
         for share in FULL_AT:
             assert mount("-o", f"remount,size={int(share * needed)}", str(tmp_path / full))
             assert chain.types("run") == 1, chain.said()
@@ -87,7 +88,8 @@ def test_a_full_disk(tmp_path, undisturbed, expected, full):
 @pytest.mark.faults("read-only results folder", "refused at once, before anything starts", "nothing")
 def test_a_read_only_results_folder(tmp_path, expected):
     results_folder = tmp_path / "nnUNet_results"
-    with own_disk(results_folder), TinyChain(tmp_path) as chain:
+    with own_disk(results_folder):
+        chain = TinyChain(tmp_path)
         assert mount("-o", "remount,ro", str(results_folder))
         assert chain.types("run") == 1
         assert "Read-only file system" in one_error(chain)
@@ -101,10 +103,10 @@ def test_a_read_only_results_folder(tmp_path, expected):
 def test_spaces_and_non_ascii_names(tmp_path, expected):
     root = tmp_path / "Größe 5 µm – 雪 'a\"b'"
     root.mkdir()
-    with TinyChain(root, environment={"LC_ALL": "C"}) as chain:
-        check_goes_on(chain, expected)
-        assert chain.types("report") == 0, chain.said()
-        assert chain.types("audit") == 0, chain.said()
+    chain = TinyChain(root, environment={"LC_ALL": "C"})
+    check_goes_on(chain, expected)
+    assert chain.types("report") == 0, chain.said()
+    assert chain.types("audit") == 0, chain.said()
 
 
 @pytest.mark.faults("symlinked folders", "followed", "nothing")
@@ -112,28 +114,28 @@ def test_symlinked_folders(tmp_path, expected):
     for name in FOLDERS:
         (tmp_path / "elsewhere" / name).mkdir(parents=True)
         (tmp_path / name).symlink_to(tmp_path / "elsewhere" / name)
-    with TinyChain(tmp_path) as chain:
-        (tmp_path / "source").rename(tmp_path / "elsewhere" / "source")
-        (tmp_path / "source").symlink_to(tmp_path / "elsewhere" / "source")
-        images = tmp_path / "elsewhere" / "images"
-        (tmp_path / "elsewhere" / "source" / "imagesTr").rename(images)
-        (tmp_path / "source" / "imagesTr").symlink_to(images)
-        check_goes_on(chain, expected)
+    chain = TinyChain(tmp_path)
+    (tmp_path / "source").rename(tmp_path / "elsewhere" / "source")
+    (tmp_path / "source").symlink_to(tmp_path / "elsewhere" / "source")
+    images = tmp_path / "elsewhere" / "images"
+    (tmp_path / "elsewhere" / "source" / "imagesTr").rename(images)
+    (tmp_path / "source" / "imagesTr").symlink_to(images)
+    check_goes_on(chain, expected)
 
 
 @pytest.mark.faults("clock that jumps", "nothing goes by time stamps: no file is made anew", "nothing")
 def test_a_clock_that_jumps(tmp_path, expected):
-    with TinyChain(tmp_path) as chain:
-        assert chain.types("prepare") == 0, chain.said()
-        set_times(tmp_path)
-        check_goes_on(chain, expected)
-        set_times(tmp_path)
-        before = {path: path.stat() for path in files(tmp_path) if path.suffix in (".pth", ".npz", ".b2nd")}
-        check_goes_on(chain, expected)
-        after = {path: path.stat() for path in before}
-        assert [(s.st_ino, s.st_mtime) for s in after.values()] == [(s.st_ino, s.st_mtime) for s in before.values()]
-        assert chain.types("status") == 0
-        assert chain.said().count("done") == 2
+    chain = TinyChain(tmp_path)
+    assert chain.types("prepare") == 0, chain.said()
+    set_times(tmp_path)
+    check_goes_on(chain, expected)
+    set_times(tmp_path)
+    before = {path: path.stat() for path in files(tmp_path) if path.suffix in (".pth", ".npz", ".b2nd")}
+    check_goes_on(chain, expected)
+    after = {path: path.stat() for path in before}
+    assert [(s.st_ino, s.st_mtime) for s in after.values()] == [(s.st_ino, s.st_mtime) for s in before.values()]
+    assert chain.types("status") == 0
+    assert chain.said().count("done") == 2
 
 
 def set_times(root: Path) -> None:
@@ -150,30 +152,30 @@ def files(root: Path) -> list[Path]:
 @pytest.mark.faults("vanished image", "refused by name; once it is back, the same command goes on", "nothing")
 @pytest.mark.parametrize("where", ["source", "test set"])
 def test_an_image_that_vanishes_after_the_preparation(tmp_path, expected, where):
-    with TinyChain(tmp_path) as chain:
-        assert chain.types("prepare") == 0, chain.said()
-        folder = tmp_path / ("source/imagesTr" if where == "source" else "nnUNet_results/chain_tiny/test/images")
-        image = folder / "case_4_0000.nii.gz"
-        kept = shutil.copyfile(image, tmp_path / image.name)
-        image.unlink()
-        assert chain.types("run") == 1
-        assert "case_4" in one_error(chain)
-        shutil.copyfile(kept, image)
-        check_goes_on(chain, expected)
+    chain = TinyChain(tmp_path)
+    assert chain.types("prepare") == 0, chain.said()
+    folder = tmp_path / ("source/imagesTr" if where == "source" else "nnUNet_results/chain_tiny/test/images")
+    image = folder / "case_4_0000.nii.gz"
+    kept = shutil.copyfile(image, tmp_path / image.name)
+    image.unlink()
+    assert chain.types("run") == 1
+    assert "case_4" in one_error(chain)
+    shutil.copyfile(kept, image)
+    check_goes_on(chain, expected)
 
 
 @pytest.mark.faults("two runs at once", "the second is refused; the first ends as if alone", "nothing")
 def test_two_runs_at_once(tmp_path, expected):
-    with TinyChain(tmp_path) as chain:
-        assert chain.types("prepare") == 0, chain.said()
-        command = [Path(sys.executable).with_name("nnunet-cil"), "run", chain.schedule]
-        with subprocess.Popen(command, env=chain.environment, stderr=subprocess.PIPE, text=True) as first:
-            assert any(line.startswith("chain tiny in ") for line in iter(first.stderr.readline, ""))
-            for each in ("run", "prepare"):
-                assert chain.types(each) == 1
-                assert "another nnunet-cil is working on" in one_error(chain)
-            assert first.poll() is None, "the second came too late"
-            said = first.communicate()[1]
-            assert first.returncode == 0, said
-        assert results(tmp_path) == expected
-        check_goes_on(chain, expected)
+    chain = TinyChain(tmp_path)
+    assert chain.types("prepare") == 0, chain.said()
+    command = [Path(sys.executable).with_name("nnunet-cil"), "run", chain.schedule]
+    with subprocess.Popen(command, env=chain.environment, stderr=subprocess.PIPE, text=True) as first:
+        assert any(line.startswith("chain tiny in ") for line in iter(first.stderr.readline, ""))
+        for each in ("run", "prepare"):
+            assert chain.types(each) == 1
+            assert "another nnunet-cil is working on" in one_error(chain)
+        assert first.poll() is None, "the second came too late"
+        said = first.communicate()[1]
+        assert first.returncode == 0, said
+    assert results(tmp_path) == expected
+    check_goes_on(chain, expected)

@@ -69,9 +69,9 @@ PHASES = tuple(dict.fromkeys(phase for phase, _ in IN_RUN))
 def undisturbed(folder: Path, fresh: bool) -> dict:
     """Results of a chain that nothing happened to; its trainings are fresh processes if so wished."""
     folder.mkdir()
-    with TinyChain(folder) as chain:
-        assert chain.types("run", forked=not fresh) == 0, chain.said()
-        return results(folder)
+    chain = TinyChain(folder)
+    assert chain.types("run", forked=not fresh) == 0, chain.said()
+    return results(folder)
 
 
 def check_ended(chain: TinyChain, expected: dict) -> None:
@@ -95,11 +95,11 @@ def kill_on_purpose(chain: TinyChain, command: str, kills: list[tuple[str, Kill]
 def test_a_chain_that_is_killed_once_in_each_phase_ends_like_an_undisturbed_one(tmp_path, record_property):
     expected = undisturbed(tmp_path / "undisturbed", fresh=False)
     (tmp_path / "killed").mkdir()
-    with TinyChain(tmp_path / "killed") as chain:
-        once = [next(entry for entry in islice(IN_RUN, 4, None) if entry[0] == phase) for phase in PHASES]
-        kills = kill_on_purpose(chain, "run", once)
-        assert chain.types("run") == 0, chain.said()
-        check_ended(chain, expected)
+    chain = TinyChain(tmp_path / "killed")
+    once = [next(entry for entry in islice(IN_RUN, 4, None) if entry[0] == phase) for phase in PHASES]
+    kills = kill_on_purpose(chain, "run", once)
+    assert chain.types("run") == 0, chain.said()
+    check_ended(chain, expected)
     record_property("kills", dict(kills))
 
 
@@ -109,22 +109,22 @@ def test_chains_that_are_killed_at_many_moments_end_like_an_undisturbed_one(tmp_
     expected = undisturbed(tmp_path / "undisturbed", fresh=True)
     (tmp_path / "killed").mkdir()
     moments = random.Random(0)
-    with TinyChain(tmp_path / "killed") as chain:
-        kills = kill_on_purpose(chain, "run", IN_RUN)
-        assert chain.types("run") == 0, chain.said()
-        kills += kill_on_purpose(chain, "report", IN_REPORT)
-        assert chain.types("report") == 0, chain.said()
-        check_ended(chain, expected)
-        chain.remove()
-        while kills["any moment"] < AT_RANDOM:
-            status = chain.types("run", kill=Kill(seconds=moments.uniform(0, LONGEST_SECONDS)))
-            assert status in (0, -9), chain.said()
-            assert unreadable(chain.root, ended=status == 0) == []
-            if status == 0:
-                check_ended(chain, expected)
-                chain.remove()
-            else:
-                kills["any moment"] += 1
-        assert chain.types("run") == 0, chain.said()
-        check_ended(chain, expected)
+    chain = TinyChain(tmp_path / "killed")
+    kills = kill_on_purpose(chain, "run", IN_RUN)
+    assert chain.types("run") == 0, chain.said()
+    kills += kill_on_purpose(chain, "report", IN_REPORT)
+    assert chain.types("report") == 0, chain.said()
+    check_ended(chain, expected)
+    chain.remove()
+    while kills["any moment"] < AT_RANDOM:
+        status = chain.types("run", kill=Kill(seconds=moments.uniform(0, LONGEST_SECONDS)))
+        assert status in (0, -9), chain.said()
+        assert unreadable(chain.root, ended=status == 0) == []
+        if status == 0:
+            check_ended(chain, expected)
+            chain.remove()
+        else:
+            kills["any moment"] += 1
+    assert chain.types("run") == 0, chain.said()
+    check_ended(chain, expected)
     record_property("kills", dict(kills))
