@@ -193,22 +193,22 @@ def _graph(todo: Mapping[str, Task]) -> TopologicalSorter:
 
 
 def _places(schedule: Schedule) -> list[dict[str, str]]:
-    """Environment of each of the jobs that run here at once; on CUDA each has a GPU of its own.
+    """Environment of each of the jobs that run here at once; on CUDA each has a GPU, or its share of one.
 
     Raises:
-        ValueError: there are fewer GPUs.
+        ValueError: there are fewer GPUs, or shares of them.
     """
-    jobs = schedule.launcher.jobs
+    jobs, per_gpu = schedule.launcher.jobs, schedule.launcher.jobs_per_gpu
     if schedule.device in ("cpu", "mps") or not torch.cuda.is_available():
         return [{} for _ in range(jobs)]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
-    if jobs > len(gpus):
+    if jobs > len(gpus) * per_gpu:
         raise ValueError(
-            f"{schedule.file}: launcher: jobs: got {jobs}, expected at most {len(gpus)}: each training at a time has a "
-            "GPU of its own."
+            f"{schedule.file}: launcher: jobs: got {jobs}, expected at most {len(gpus) * per_gpu}: a GPU takes "
+            f"{per_gpu} at a time (jobs_per_gpu), and there are {len(gpus)}."
         )
-    return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:jobs]]
+    return [{"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} for number in range(jobs)]
 
 
 def _run_here(chain: Chain, todo: Mapping[str, Task]) -> None:

@@ -206,13 +206,15 @@ class Guard:
 
 @dataclass(frozen=True)
 class Launcher:
-    """What a training takes that is a job: ``jobs`` at once on this machine, all else on a Slurm cluster.
+    """What a training takes that is a job: ``jobs`` at once on this machine, at most ``jobs_per_gpu`` of them on one
+    GPU; all else on a Slurm cluster.
 
     ``gpus``: a number, or kind and number as ``a100:1``; None means 1, and 0 where ``device`` is no GPU of Slurm's.
     ``setup``: lines of shell before it. ``sbatch``: further options, without their dashes.
     """
 
     jobs: int = 1
+    jobs_per_gpu: int = 1
     partition: str | None = None
     account: str | None = None
     gpus: int | str | None = None
@@ -611,6 +613,7 @@ class _Reader:
         given = self._mapping("launcher", value, [f.name for f in fields(Launcher)])
         checks: dict[str, tuple[Callable[[Any], bool], str]] = {
             "jobs": (lambda v: _is_int(v) and v > 0, "a positive number"),
+            "jobs_per_gpu": (lambda v: _is_int(v) and v > 0, "a positive number"),
             "partition": (lambda v: v is None or (isinstance(v, str) and v), "text"),
             "account": (lambda v: v is None or (isinstance(v, str) and v), "text"),
             "gpus": (

@@ -130,8 +130,8 @@ def test_each_local_job_has_a_gpu_of_its_own(open_chain, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
-    def places(jobs: int, device: str = "cuda") -> list[str | None]:
-        chain = open_chain(f"launcher: {{jobs: {jobs}}}")
+    def places(jobs: int, device: str = "cuda", per_gpu: int = 1) -> list[str | None]:
+        chain = open_chain(f"launcher: {{jobs: {jobs}, jobs_per_gpu: {per_gpu}}}")
         path = chain.schedule.file
         path.write_text(path.read_text().replace("device: cpu", f"device: {device}"))
         return [place.get("CUDA_VISIBLE_DEVICES") for place in launcher._places(load_schedule(path))]
@@ -139,6 +139,11 @@ def test_each_local_job_has_a_gpu_of_its_own(open_chain, monkeypatch):
     assert places(2) == ["0", "1"]
     with pytest.raises(ValueError, match=r"schedule.yaml: launcher: jobs: got 3, expected at most 2"):
         places(3)
+    assert places(3, per_gpu=2) == ["0", "1", "0"]
+    with pytest.raises(
+        ValueError, match=r"got 5, expected at most 4: a GPU takes 2 at a time \(jobs_per_gpu\), and there are 2\."
+    ):
+        places(5, per_gpu=2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5")
     assert places(2, "auto") == ["3", "GPU-5"]
     assert places(3, "cpu") == [None] * 3
@@ -194,6 +199,7 @@ def test_the_command_line_offers_the_launchers(command):
 def test_every_mistake_in_the_key_is_reported_at_once(open_chain, source, tmp_path):
     mistakes = """launcher:
   jobs: 0
+  jobs_per_gpu: 0.5
   partition: 1
   account: ''
   gpus: a100
@@ -207,7 +213,7 @@ def test_every_mistake_in_the_key_is_reported_at_once(open_chain, source, tmp_pa
     with pytest.raises(ScheduleError) as caught:
         load_schedule(path)
     keys = [re.search(r"yaml: launcher: (.*?): got", line).group(1) for line in str(caught.value).splitlines()]
-    plain = ["jobs", "partition", "account", "gpus", "cpus", "memory_gb", "hours", "setup"]
+    plain = ["jobs", "jobs_per_gpu", "partition", "account", "gpus", "cpus", "memory_gb", "hours", "setup"]
     assert sorted(keys) == sorted(
         [*plain, "nodes", *(f"sbatch: {key}" for key in ("time", "array", "--qos", "comment"))]
     )
