@@ -40,7 +40,7 @@ def make_chain(root, monkeypatch, methods=("pgcd", "finetune"), ignore=False, **
     return chain
 
 
-def train(chain: Chain, step, method="pgcd", resume=False) -> None:
+def train(chain: Chain, step, method="pgcd", resume=False, device=CPU) -> None:
     variant = chain.variant(method, 0)
     run_training(
         chain.dataset_name(step),
@@ -49,11 +49,11 @@ def train(chain: Chain, step, method="pgcd", resume=False) -> None:
         variant.trainer,
         chain.plans_name(variant),
         continue_training=resume,
-        device=CPU,
+        device=device,
     )
 
 
-def trainer_of(chain: Chain, step, method="pgcd", resume=False):
+def trainer_of(chain: Chain, step, method="pgcd", resume=False, device=CPU):
     variant = chain.variant(method, 0)
     trainer = get_trainer_from_args(
         chain.dataset_name(step),
@@ -62,7 +62,7 @@ def trainer_of(chain: Chain, step, method="pgcd", resume=False):
         variant.trainer,
         chain.plans_name(variant),
         resume,
-        device=CPU,
+        device=device,
     )
     maybe_load_checkpoint(trainer, resume, False)
     return trainer
