@@ -39,6 +39,7 @@ ONLY_PARSED = {  # by the first line of the block
         "needs a public set, takes hours"
     ),
     "nnunet-cil compare examples/hippocampus_methods.yaml \\": "needs a public set, takes hours",
+    "nnunet-cil ablate examples/chaos_ablation.yaml": "needs a public set, takes hours",
     "nnunet-cil compare abdomen.yaml --launcher slurm": "needs a Slurm: test_launcher.py starts one",
     "nnunet-cil run plans/btcv_4-4.yaml": "needs a public set, takes days; convert/test_plans.py loads the schedule",
 }

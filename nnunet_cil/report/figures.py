@@ -102,7 +102,8 @@ def plot_mean_dice(rows: Sequence[Row], learned_at: Sequence[int], path_png: Pat
     """Mean Dice (%) over the classes learned so far, after each step, one line per method; PNG and a PDF beside it.
 
     A step without score is left out. A model trained on all classes together (scores in the last row only) is a star
-    at the last step with a dashed line across. Methods are listed by their last value.
+    at the last step with a dashed line across. Methods are listed by their last value; of one that has not come to the
+    last step, the label says which step it is of.
 
     Args:
         rows: one per method; R ``(T, K)`` in [0, 1].
@@ -129,7 +130,8 @@ def plot_mean_dice(rows: Sequence[Row], learned_at: Sequence[int], path_png: Pat
         for method, values in means.items():
             colour, marker = styles[method]
             steps = np.flatnonzero(~np.isnan(values)) + 1
-            label = f"{shown(marked(method))}  {values[steps[-1] - 1]:.1f}"
+            is_final = steps[-1] == len(values)
+            label = f"{shown(marked(method))}  {'' if is_final else f'step {steps[-1]}: '}{values[steps[-1] - 1]:.1f}"
             shared = {"color": colour, "marker": marker, "markeredgecolor": "white", "markeredgewidth": 0.7}
             if len(values) > 1 and steps.tolist() == [len(values)]:
                 ends = [1, len(values)]
@@ -139,7 +141,7 @@ def plot_mean_dice(rows: Sequence[Row], learned_at: Sequence[int], path_png: Pat
                 ends, y = steps, values[steps - 1]
                 look = {"linewidth": 1.8, "markersize": 6.5, "zorder": 3}
             (line,) = axes.plot(ends, y, label=label, clip_on=False, **shared, **look)
-            lines.append((y[-1], line))
+            lines.append((is_final, y[-1], line))
         lowest = min(np.nanmin(values) for values in means.values())
         axes.set_ylim(0 if lowest < 50 else 10 * (lowest // 10), 100)
         axes.set_xlim(0.85, last_step + 0.15)
@@ -148,9 +150,9 @@ def plot_mean_dice(rows: Sequence[Row], learned_at: Sequence[int], path_png: Pat
         axes.set_xticks(ticks, [f"{t}\n({np.sum(np.asarray(learned_at) <= t)})" for t in ticks])
         axes.set_xlabel("Step (classes learned so far)")
         axes.set_ylabel("Mean Dice (%)")
-        lines.sort(key=lambda pair: -pair[0])
+        lines.sort(key=lambda entry: entry[:2], reverse=True)
         figure.legend(
-            handles=[line for _, line in lines],
+            handles=[line for *_, line in lines],
             title="Final mean (%)",
             alignment="left",
             loc="outside right upper",

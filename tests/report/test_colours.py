@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from nnunet_cil.report.colours import method_styles, organ_style, plain_organs
+from nnunet_cil.schedule import ABLATIONS
 
 METHODS = ("pgcd", "pseudo_kd", "pseudo", "plop", "mib", "ilt", "lwf", "ewf", "ewc", "finetune", "replay", "joint")
 
@@ -14,7 +15,7 @@ def test_organs_are_told_apart():
 
 
 def test_methods_are_told_apart():
-    styles = method_styles([*METHODS, *(f"pgcd-no_{i}" for i in range(9))])
+    styles = method_styles([*METHODS, *(f"pgcd-{name}" for name in ABLATIONS)])
     assert len(set(styles.values())) == len(styles)
 
 

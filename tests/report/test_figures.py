@@ -68,6 +68,15 @@ def test_a_step_without_score_is_left_out(tmp_path, drawn):
     np.testing.assert_allclose(_lines(drawn[0])["pgcd"].get_xydata(), [[1, 85], [3, 60]])
 
 
+def test_an_unfinished_chain_is_last_and_says_so(tmp_path, drawn):
+    unfinished = Row("plop", np.array([[0.99, 0.99, NAN], [NAN] * 3]))
+    figures.plot_mean_dice([unfinished, FINETUNE, PGCD], LEARNED_AT, tmp_path / "mean.png")
+    labels = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert [label.split()[0] for label in labels] == ["pgcd", "finetune", "plop"]
+    assert labels[-1] == "plop  step 1: 99.0"
+    assert "step" not in labels[0]
+
+
 def test_one_step(tmp_path):
     figures.plot_mean_dice([Row("pgcd", np.array([[0.9]]))], [1], tmp_path / "mean.png")
     assert (tmp_path / "mean.png").stat().st_size > 0
