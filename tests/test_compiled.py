@@ -46,6 +46,7 @@ def started(chain: Chain, method: str, resume: bool = False) -> IncrementalTrain
 )
 def test_train_steps_are_those_of_the_plain_network(chain, method, backend, monkeypatch):
     plain = started(chain, method)
+    near_0 = 1e-7 if backend == "inductor" else None  # its kernels round a term of 1e-9 otherwise
     compile_with(backend, monkeypatch)
     compiled = started(chain, method)
     assert isinstance(compiled.network, OptimizedModule)
@@ -58,7 +59,7 @@ def test_train_steps_are_those_of_the_plain_network(chain, method, backend, monk
         expected = plain.train_step(batch)
         torch.manual_seed(seed)
         found = compiled.train_step(batch)
-        assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+        assert found == pytest.approx(expected, rel=1e-4, abs=near_0)
         assert len(found) > 3, "the taps gave features to all terms"
     for ours, theirs in zip(compiled.network.parameters(), plain.network.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
