@@ -33,11 +33,12 @@ from nnunet_cil.evaluate import (
     subject_scores,
     write_matrices,
 )
-from nnunet_cil.gather import gather_scores, scored_variants
+from nnunet_cil.gather import gather_scores
 from nnunet_cil.guard import Check, check_step, place_of, read_checks, stops
 from nnunet_cil.launcher import Task, check_launcher, job_states, launch
 from nnunet_cil.parallel import worker_count
 from nnunet_cil.precision import amp_dtype
+from nnunet_cil.present import present_variants, scored_variants
 from nnunet_cil.report import write as report_page
 from nnunet_cil.report.figures import plot_mean_dice
 from nnunet_cil.report.paired import paired_table
@@ -258,13 +259,13 @@ def _write_results(chain: Chain, variants: Sequence[Variant]) -> str:
 
 
 def write_report(schedule: Schedule, methods: Sequence[str], seeds: Sequence[int | None]) -> Path:
-    """Write ``report.html`` and all figures from what is there; returns the page."""
+    """Write ``report.html`` and all figures, without methods or seeds of all that are there; returns the page."""
     chain = Chain.open(schedule)
-    return report_page.write_report(chain, variants_of(chain, methods, seeds))
+    return report_page.write_report(chain, present_variants(chain, methods, seeds))
 
 
 def evaluate(schedule: Schedule, methods: Sequence[str], seeds: Sequence[int | None]) -> str:
-    """Score all models that are trained; returns the table.
+    """Score all models that are trained; returns the table. Without methods or seeds: of all that are there.
 
     Raises:
         ValueError: the schedule names no test set, or nothing is trained.
@@ -272,7 +273,7 @@ def evaluate(schedule: Schedule, methods: Sequence[str], seeds: Sequence[int | N
     chain = Chain.open(schedule)
     if not schedule.test:
         raise ValueError(f"{schedule.file}: test: got nothing, expected test images and labels to score.")
-    variants = variants_of(chain, methods, seeds)
+    variants = present_variants(chain, methods, seeds)
     todo = [entry for entry in _trainings(chain, variants) if chain.content["plans_name"] and chain.trained(*entry)]
     if not todo:
         raise ValueError(f"{chain.folder}: got no finished training, expected one. Start with `nnunet-cil run`.")
@@ -299,13 +300,14 @@ def gather(schedule: Schedule, folders: Sequence[Path]) -> str:
 def status(schedule: Schedule, methods: Sequence[str], seeds: Sequence[int | None]) -> str:
     """One line a training: waiting, at which epoch, or done, and what it did to the organs of earlier steps.
 
-    Of a job, see `launcher`, also whether it is queued, running or failed.
+    Of a job, see `launcher`, also whether it is queued, running or failed. Without methods or seeds: of all that are
+    prepared.
     """
     chain = Chain.open(schedule)
     if not chain.content["plans_name"]:
         return f"chain {schedule.name}: nothing is prepared yet. `nnunet-cil run` starts it."
     lines, checks, jobs = [f"chain {schedule.name} in {chain.folder}"], read_checks(chain), job_states(chain)
-    for variant, step, fold in _trainings(chain, variants_of(chain, methods, seeds)):
+    for variant, step, fold in _trainings(chain, present_variants(chain, methods, seeds, prepared=True)):
         folder = chain.model_folder(variant, step) / f"fold_{fold}"
         logs = sorted(folder.glob("training_log_*.txt"), key=lambda path: path.stat().st_mtime)
         epochs = re.findall(r"^.*?Epoch (\d+) *$", logs[-1].read_text(encoding="utf-8"), re.MULTILINE) if logs else []

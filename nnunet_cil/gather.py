@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nnunet_cil.chain import CHAIN_FILE, JOINT, Chain, Variant, read_chain, write_json
+from nnunet_cil.chain import CHAIN_FILE, JOINT, Chain, read_chain, write_json
 from nnunet_cil.evaluate import check_scores, evaluation_file, scored_folds
+from nnunet_cil.present import SCORES
 from nnunet_cil.teacher import sha256_of
 from nnunet_cil.untrusted import read_json
 
 logger = logging.getLogger(__name__)
-
-SCORES = "predictions/*/*/scores.json"
 
 
 def gather_scores(chain: Chain, folders: Sequence[Path]) -> int:
@@ -65,18 +64,6 @@ def gather_scores(chain: Chain, folders: Sequence[Path]) -> int:
     for target, content in new.items():
         write_json(target, content)
     return len(new)
-
-
-def scored_variants(chain: Chain) -> list[Variant]:
-    """Every method and seed that has scores after its last step in a chain's folder, seeds outermost, the chain's own
-    method first."""
-    found = set()
-    for path in chain.folder.glob(SCORES):
-        content = read_json(path, "scores of test subjects")
-        if content.get("step") in (chain.n_steps, JOINT):
-            found.add((content["method"], content["seed"]))
-    ordered = sorted(found, key=lambda pair: (str(pair[1]), pair[0] != chain.default_method, pair[0] == JOINT, pair[0]))
-    return [chain.variant(method, seed) for method, seed in ordered]
 
 
 def _place(chain: Chain, content: dict[str, Any], path: Path) -> Path:

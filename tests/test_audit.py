@@ -213,7 +213,7 @@ def test_forgotten_data_are_gone_and_all_else_stays(chain, capsys):
     assert first.ids, "names of cases are still known, and shown"
     assert "cil_step.json" not in {path.name for path in first.ids}
     assert counts(second.data)["pseudo-labels"] == 2
-    shown = driver.status(chain.schedule, [], [])
+    shown = driver.status(chain.schedule, ["pgcd"], [])
     assert [line.split("  ")[-1].strip() for line in shown.splitlines()[1:]] == ["done, data removed", "waiting"]
     assert "label files are gone: not checked" in next(verify_chain(chain.folder, Files()))
     forget(open_chain_again(chain), [1])  # again, with nothing left to do

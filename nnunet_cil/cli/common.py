@@ -6,17 +6,21 @@ import argparse
 from pathlib import Path
 
 
-def add_chain_arguments(parser: argparse.ArgumentParser) -> None:
-    """SCHEDULE, --methods and --seeds."""
+def add_chain_arguments(parser: argparse.ArgumentParser, default: str = "the schedule's") -> None:
+    """SCHEDULE, --methods and --seeds.
+
+    Args:
+        default: which methods and seeds are taken where none are named, for the help.
+    """
     parser.add_argument("schedule", type=Path, help="YAML file that says what is learned when")
     parser.add_argument(
         "--methods",
         nargs="+",
         default=[],
         metavar="METHOD",
-        help="methods to run side by side on the same step 1: pgcd, finetune, joint (default: the schedule's trainer)",
+        help=f"methods side by side on the same step 1, such as pgcd, finetune, joint (default: {default})",
     )
-    add_seeds_argument(parser)
+    add_seeds_argument(parser, default)
 
 
 def add_launcher_argument(parser: argparse.ArgumentParser) -> None:
@@ -29,8 +33,8 @@ def add_launcher_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_seeds_argument(parser: argparse.ArgumentParser) -> None:
-    """--seeds."""
+def add_seeds_argument(parser: argparse.ArgumentParser, default: str = "the schedule's") -> None:
+    """--seeds, see `add_chain_arguments`."""
     parser.add_argument(
-        "--seeds", nargs="+", type=int, default=[], metavar="SEED", help="seeds to run (default: the schedule's)"
+        "--seeds", nargs="+", type=int, default=[], metavar="SEED", help=f"seeds of the trainings (default: {default})"
     )

@@ -22,6 +22,7 @@ def run(args: argparse.Namespace) -> int:
 
     schedule = load_schedule(args.schedule)
     methods = args.methods or driver.compared_methods(schedule)
-    print(driver.run(schedule, methods, args.seeds, args.launcher))
-    print(f"\nReport: {driver.write_report(schedule, methods, args.seeds)}")
+    seeds = args.seeds or [schedule.training.seed]
+    print(driver.run(schedule, methods, seeds, args.launcher))
+    print(f"\nReport: {driver.write_report(schedule, methods, seeds)}")
     return 0
