@@ -20,6 +20,7 @@ from nnunet_cil.report.figures import WIDTH_INCHES, drawing, legend, shown
 CT_WINDOW_HU = (-160.0, 240.0)  # soft tissue: level 40, width 400
 MARGIN = 0.3
 _MAX_COLUMNS = 4
+_TITLE_SHARE = 0.92  # of a tile's width
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,7 +188,10 @@ def plot_panel(
             for axes, (name, mask) in zip(grid.flat, tiles.items(), strict=False):
                 _draw_tile(axes, found, mask, len(classes))
                 dice = scores.get(title, {}).get(name, math.nan)
-                axes.set_title(shown(name) + ("" if math.isnan(dice) else f"  {100 * dice:.0f}"), fontweight="normal")
+                text = shown(name) + ("" if math.isnan(dice) else f"  {100 * dice:.0f}")
+                written = axes.set_title(text, fontweight="normal")
+                needed = written.get_window_extent().width / figure.dpi
+                written.set_fontsize(written.get_fontsize() * min(1, _TITLE_SHARE * tile / needed))
             if found.oriented:
                 _mark_sides(grid[0, 0])
         numbered = len(classes) > plain_organs()

@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+from contextlib import contextmanager
+from itertools import combinations
+
 import numpy as np
 import pytest
 import SimpleITK
+from matplotlib.text import Text
 
+from nnunet_cil.report import qualitative
+from nnunet_cil.report.figures import drawing
 from nnunet_cil.report.qualitative import (
     CT_WINDOW_HU,
     best_slice,
@@ -131,3 +137,27 @@ def test_panel(subject, n_classes):
     dice = {title: {"pgcd": 0.5} for title in slices}
     plot_panel(slices, dice, [f"_organ {c} $" for c in range(n_classes)], subject / "figures" / "panel.png")
     assert sorted(path.name for path in (subject / "figures").iterdir()) == ["panel.pdf", "panel.png"]
+
+
+def test_long_names_do_not_run_into_each_other(subject, monkeypatch):
+    figures = []
+
+    @contextmanager
+    def kept(*args):
+        with drawing(*args) as figure:
+            figures.append(figure)
+            yield figure
+
+    monkeypatch.setattr(qualitative, "drawing", kept)
+    methods = ["pgcd", *(f"pgcd-without_{name}_weights" for name in ("class", "channel", "static", "uniform", "row"))]
+    found = read_slice(
+        subject / "image.nii.gz",
+        subject / "truth.nii.gz",
+        dict.fromkeys(methods, subject / "pgcd.nii.gz"),
+        2,
+        "MR",
+    )
+    plot_panel({"Typical": found}, {"Typical": dict.fromkeys(methods, 0.5)}, ["a", "b"], subject / "panel.png")
+    boxes = [text.get_window_extent() for text in figures[0].findobj(Text) if text.get_text().startswith("pgcd")]
+    assert len(boxes) == len(methods)
+    assert not [(a, b) for a, b in combinations(boxes, 2) if a.overlaps(b)]
