@@ -6,6 +6,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import SimpleITK
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
 from nnunet_cil.report import qualitative
@@ -158,6 +159,8 @@ def test_long_names_do_not_run_into_each_other(subject, monkeypatch):
         "MR",
     )
     plot_panel({"Typical": found}, {"Typical": dict.fromkeys(methods, 0.5)}, ["a", "b"], subject / "panel.png")
-    boxes = [text.get_window_extent() for text in figures[0].findobj(Text) if text.get_text().startswith("pgcd")]
+    renderer = FigureCanvasAgg(figures[0]).get_renderer()
+    texts = [text for text in figures[0].findobj(Text) if text.get_text().startswith("pgcd")]
+    boxes = [text.get_window_extent(renderer) for text in texts]
     assert len(boxes) == len(methods)
     assert not [(a, b) for a, b in combinations(boxes, 2) if a.overlaps(b)]
