@@ -665,7 +665,6 @@ class SlidingWindow:
     Args:
         network: any network without deep supervision; its ``training`` flag is restored after each call.
         mirror_axes: axes for test-time mirroring, None for none.
-        n_outputs: channels of the network's output, K; None: as many as the dataset has labels.
     """
 
     def __init__(
@@ -676,12 +675,9 @@ class SlidingWindow:
         dataset_json: Mapping[str, Any],
         device: torch.device,
         mirror_axes: tuple[int, ...] | None = None,
-        n_outputs: int | None = None,
     ) -> None:
         from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-        if n_outputs is not None:  # nnU-Net takes it from the labels
-            dataset_json = {**dataset_json, "labels": {"background": 0, **{str(i): i for i in range(1, n_outputs)}}}
         manager = plans_manager(plans)
         self._predictor = nnUNetPredictor(device=device, allow_tqdm=False, use_mirroring=mirror_axes is not None)
         self._predictor.manual_initialization(

@@ -10,36 +10,19 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import monotonic
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from filelock import FileLock
-from torch import nn
 
 from nnunet_cil import nnunet_api
-from nnunet_cil.features import FeatureTap
-from nnunet_cil.losses.pgcd import calibration_weights, similarity
-from nnunet_cil.prototypes import PrototypeStore
 
 logger = logging.getLogger(__name__)
 
 ENTROPY_BINS = 100
 
 Rule = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-class TeacherView(NamedTuple):
-    """What the teacher says of one image.
-
-    Attributes:
-        logits: (n_old, *spatial).
-        contradicted: (1, *spatial) bool, where its features speak against background, see `BackgroundCheck`; None: is
-            not looked at.
-    """
-
-    logits: torch.Tensor
-    contradicted: torch.Tensor | None = None
 
 
 def kept_cases_of(step: int) -> str:
@@ -118,51 +101,8 @@ def rule_out(teacher_logits: torch.Tensor, classes: Sequence[Sequence[int]]) -> 
     return result
 
 
-class BackgroundCheck(nn.Module):
-    """Where the teacher's features look like an old class although it may decide on background. Our derivation.
-
-    As a module it is the teacher with the similarities as further outputs, so that a sliding window takes the mean of
-    both in one pass.
-
-    Args:
-        network: the teacher's.
-        tap: on its last features.
-        prototypes: its own, rows in the order of its outputs.
-        smallest: assignment to the prototype of background (docs/method.md, section 5) from which on background is not
-            contradicted, in [0, 1].
-    """
-
-    def __init__(self, network: nn.Module, tap: FeatureTap, prototypes: PrototypeStore, smallest: float) -> None:
-        super().__init__()
-        self.network, self.tap, self.smallest, self.tau = network, tap, smallest, float(prototypes.tau)
-        device = next(network.parameters()).device
-        self.means = torch.from_numpy(prototypes.means).float().nan_to_num().to(device)
-        self.centre = torch.from_numpy(prototypes.centre).float().to(device)
-        self.usable = torch.from_numpy(prototypes.usable)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, 2 n_old, *spatial): logits, then the cosine of each voxel's feature with each prototype."""
-        logits = self.network(x)
-        return torch.cat([logits, self.similarities().to(logits.dtype)], 1)
-
-    def similarities(self) -> torch.Tensor:
-        """(B, n_old, *spatial) in float32, of what the teacher saw last."""
-        features = self.tap.features.detach()
-        with torch.autocast(features.device.type, enabled=False):
-            return similarity(features.float(), self.means, self.centre)
-
-    def contradicted(self, similarities: torch.Tensor) -> torch.Tensor:
-        """(B, 1, *spatial) bool; nowhere while background has no prototype."""
-        assignment, _ = calibration_weights(similarities, self.usable.to(similarities.device), self.tau, math.inf)
-        return (assignment[:, :1] < self.smallest) & bool(self.usable[0])
-
-
 def merge_pseudo_labels(
-    labels: torch.Tensor,
-    teacher_logits: torch.Tensor,
-    accepts: Rule,
-    ignore_id: int,
-    contradicted: torch.Tensor | None = None,
+    labels: torch.Tensor, teacher_logits: torch.Tensor, accepts: Rule, ignore_id: int
 ) -> torch.Tensor:
     """The step's own labels, completed by the teacher where they say background (docs/method.md, section 1).
 
@@ -171,17 +111,13 @@ def merge_pseudo_labels(
         teacher_logits: (B, n_old, *spatial).
         accepts: from probabilities (B, n_old, *spatial) and decision (B, 1, *spatial), where the teacher is believed.
         ignore_id: given to voxels on which it is not.
-        contradicted: (B, 1, *spatial) bool, where it is not believed that something is background.
 
     Returns:
         (B, 1, *spatial) of the dtype of ``labels``.
     """
     probabilities = torch.softmax(teacher_logits.float(), 1)
     decision = probabilities.argmax(1, keepdim=True)
-    believed = accepts(probabilities, decision)
-    if contradicted is not None:
-        believed &= (decision > 0) | ~contradicted
-    proposed = torch.where(believed, decision, ignore_id).to(labels.dtype)
+    proposed = torch.where(accepts(probabilities, decision), decision, ignore_id).to(labels.dtype)
     return torch.where(labels == 0, proposed, labels)
 
 
@@ -226,7 +162,7 @@ class PseudoLabelCache:
         self,
         dataset: Any,
         cases: Sequence[str],
-        teacher: Callable[[Any], TeacherView],
+        teacher_logits: Callable[[Any], torch.Tensor],
         accepts: Rule,
         patch_size: Sequence[int],
         with_annotated: bool,
@@ -237,7 +173,7 @@ class PseudoLabelCache:
 
         Args:
             dataset: nnU-Net's preprocessed dataset with the step's own labels.
-            teacher: what it says of a (C, *spatial) image.
+            teacher_logits: (C, *spatial) image -> (n_old, *spatial) logits.
             accepts: where the teacher is believed, see `merge_pseudo_labels`.
             patch_size: of the training, for which the files are chunked.
             with_annotated: whether the dataset declares an ignore label.
@@ -253,7 +189,7 @@ class PseudoLabelCache:
             with FileLock(self.folder / f"{case}.lock"):  # other methods fill it meanwhile, where trainings are jobs
                 if self.has(case, seg, known):
                     continue
-                self._add(case, seg, known, teacher(image), accepts, patch_size, with_annotated)
+                self._add(case, seg, known, teacher_logits(image), accepts, patch_size, with_annotated)
             made += 1
             if monotonic() - told > 10:
                 told = monotonic()
@@ -266,16 +202,15 @@ class PseudoLabelCache:
         case: str,
         seg: np.ndarray,
         ruled_out: Sequence[int],
-        view: TeacherView,
+        logits: torch.Tensor,
         accepts: Rule,
         patch_size: Sequence[int],
         with_annotated: bool,
     ) -> None:
         n_classes = self.key["n_classes"]
         own = torch.from_numpy(seg.astype(np.int64))[None]
-        logits = rule_out(view.logits[None], [ruled_out])
-        contradicted = None if view.contradicted is None else view.contradicted[None]
-        merged = merge_pseudo_labels(own, logits, accepts, n_classes, contradicted)[0].numpy()
+        logits = rule_out(logits[None], [ruled_out])
+        merged = merge_pseudo_labels(own, logits, accepts, ignore_id=n_classes)[0].numpy()
         locations = nnunet_api.class_locations(merged, range(1, n_classes), with_annotated)
         counts = np.bincount(merged[(merged >= 0) & (merged < n_classes)], minlength=n_classes)
         arrays = {"source": np.asarray(self._source_digest(seg, ruled_out)), "counts": counts}

@@ -39,7 +39,6 @@ METHOD_DEFAULTS: Mapping[str, Any] = {
     "n_min": 10,
     "tau_old": 0.5,
     "tau_background": 0.7,
-    "gate_background": 0.0,
     "pseudo_labels": "offline",
     "pseudo_label_mirroring": False,
     "old_prototypes": "reextract",
@@ -557,7 +556,7 @@ class _Reader:
                 self.problem(f"{where}: {key}", repr(v), "a whole number from 0 on")
             elif not _is_float(v) or v < 0:
                 self.problem(f"{where}: {key}", repr(v), "a number from 0 on")
-            elif key in ("mu", "tau_old", "tau_background", "gate_background") and v > 1:
+            elif key in ("mu", "tau_old", "tau_background") and v > 1:
                 self.problem(f"{where}: {key}", repr(v), "a number from 0 to 1")
             elif key in ("lwf_temperature", "voxel_stride") and v == 0:
                 self.problem(f"{where}: {key}", repr(v), "a number above 0")

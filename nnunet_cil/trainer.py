@@ -9,7 +9,6 @@ import resource
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -44,12 +43,10 @@ from nnunet_cil.precision import Float32Loss, amp_dtype, autocast, set_memory_fo
 from nnunet_cil.prototypes import PrototypeStore, reduced
 from nnunet_cil.pseudo_labels import (
     ENTROPY_BINS,
-    BackgroundCheck,
     JoinedDataset,
     PseudoLabelCache,
     PseudoLabelDataset,
     Rule,
-    TeacherView,
     by_confidence,
     by_entropy,
     entropy_histogram,
@@ -122,7 +119,6 @@ class IncrementalTrainer(nnUNetTrainer):
         self.objective: Objective | None = None
         self._taps: dict[str, tuple[FeatureTap, ...]] = {}
         self._cache: PseudoLabelCache | None = None
-        self._gate: BackgroundCheck | None = None
         self._unlabelled: dict[str, tuple[int, ...]] = {}  # new classes that a case's labels lack
         self._relabelled: dict[str, tuple[int, ...]] = {}  # old classes that a case's own labels hold
         self._resumed: dict | None = None
@@ -280,7 +276,6 @@ class IncrementalTrainer(nnUNetTrainer):
         self._check_new_classes(training)
         if not self.incremental:
             return training, validation
-        self._gate = self._background_check()
         needs_labels = self.objective_class.uses_pseudo_labels or self.objective_class.uses_prototypes
         labelled_by_teacher = sorted({*(training.identifiers if needs_labels else ()), *validation.identifiers})
         if self.block.settings["pseudo_labels"] != "off" and not self.online:
@@ -333,8 +328,14 @@ class IncrementalTrainer(nnUNetTrainer):
         settings, block = self.block.settings, self.block
         mirror_axes = self.teacher.mirror_axes if settings["pseudo_label_mirroring"] else None
         dataset = nnunet_api.preprocessed_dataset(Path(self.preprocessed_dataset_folder)) if kept is None else kept
-        check = self._gate if kept is None else None
-        window = self._window(mirror_axes, check)
+        window = nnunet_api.SlidingWindow(
+            self.teacher.network,
+            self.teacher.plans,
+            self.configuration_name,
+            self.teacher.dataset_json,
+            self.device,
+            mirror_axes,
+        )
         mine = cases[self.local_rank :: dist.get_world_size() if self.is_ddp else 1]
         believed = {"tau_old": settings["tau_old"], "tau_background": settings["tau_background"]}
         accepts = self._believed()
@@ -343,8 +344,6 @@ class IncrementalTrainer(nnUNetTrainer):
         elif self.objective_class.pseudo_label_rule == "entropy":
             thresholds = self._entropy_thresholds(dataset, mine, window)
             believed, accepts = {"entropy": thresholds.tolist()}, by_entropy(thresholds)
-        if check is not None:
-            believed |= {"gate_background": check.smallest}
         key = {
             "teacher": self.teacher.sha256,
             "configuration": self.configuration_name,
@@ -358,7 +357,7 @@ class IncrementalTrainer(nnUNetTrainer):
             made = cache.fill(
                 dataset,
                 mine,
-                partial(self._teacher_view, window, check),
+                window.logits,
                 accepts,
                 self.configuration_manager.patch_size,
                 self.label_manager.has_ignore_label,
@@ -369,35 +368,6 @@ class IncrementalTrainer(nnUNetTrainer):
             dist.barrier()
         self.print_to_log_file(f"pseudo-labels: {made} cases made, {len(cases)} in use, in {cache.folder.name}")
         return cache
-
-    def _window(self, mirror_axes: tuple[int, ...] | None, check: BackgroundCheck | None) -> nnunet_api.SlidingWindow:
-        """The teacher's sliding window, with its similarities to prototypes if they are looked at."""
-        return nnunet_api.SlidingWindow(
-            self.teacher.network if check is None else check,
-            self.teacher.plans,
-            self.configuration_name,
-            self.teacher.dataset_json,
-            self.device,
-            mirror_axes,
-            n_outputs=None if check is None else 2 * self.block.n_old,
-        )
-
-    def _teacher_view(self, window: nnunet_api.SlidingWindow, check: BackgroundCheck | None, image: Any) -> TeacherView:
-        outputs = window.logits(image)
-        if check is None:
-            return TeacherView(outputs)
-        n_old = self.block.n_old
-        return TeacherView(outputs[:n_old], check.contradicted(outputs[None, n_old:])[0])
-
-    def _background_check(self) -> BackgroundCheck | None:
-        """By which background is not believed where prototypes contradict it; None: it is not asked for."""
-        smallest, prototypes = self.block.settings["gate_background"], self.teacher.prototypes
-        if not smallest or not self.objective_class.uses_prototypes:
-            return None
-        if prototypes is None:
-            self.print_to_log_file("The teacher has no prototypes.npz: background is believed by confidence alone.")
-            return None
-        return BackgroundCheck(self.teacher.network, self._taps["teacher"][-1], prototypes, smallest)
 
     def _entropy_thresholds(self, dataset, cases: list[str], window: nnunet_api.SlidingWindow) -> torch.Tensor:
         """PLOP's median entropies by class, over the step's cases on all ranks."""
@@ -493,10 +463,7 @@ class IncrementalTrainer(nnUNetTrainer):
         """y^ from the patch's own teacher prediction, at every resolution of the target."""
         full = target[0] if isinstance(target, list) else target
         teacher_logits = rule_out(teacher_logits, relabelled)
-        contradicted = None
-        if self._gate is not None:
-            contradicted = self._gate.contradicted(self._gate.similarities())
-        merged = merge_pseudo_labels(full, teacher_logits, self._believed(), self.block.n_classes, contradicted)
+        merged = merge_pseudo_labels(full, teacher_logits, self._believed(), ignore_id=self.block.n_classes)
         if not isinstance(target, list):
             return merged
         as_float = merged.float()

@@ -1,22 +1,17 @@
 from __future__ import annotations
 
 import json
-import math
 from threading import Thread
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from nnunet_cil.features import FeatureTap
 from nnunet_cil.pseudo_labels import (
     ENTROPY_BINS,
-    BackgroundCheck,
     JoinedDataset,
     PseudoLabelCache,
     PseudoLabelDataset,
-    TeacherView,
     by_confidence,
     by_entropy,
     entropy_histogram,
@@ -29,7 +24,6 @@ from nnunet_cil.pseudo_labels import (
 
 KEY = {"n_classes": 3, "tau_old": 0.6, "tau_background": 0.8, "teacher": "abc"}
 BELIEVED = by_confidence(0.6, 0.8)
-NAN = float("nan")
 
 
 def logits_of(probabilities):
@@ -58,57 +52,6 @@ def test_labels_of_the_step_and_outside_are_never_overruled():
     labels = torch.tensor([-1, 2, 3]).reshape(1, 1, 1, 1, 3)
     merged = merge_pseudo_labels(labels, logits_of([[0.0001, 0.9999]] * 3), by_confidence(0.5, 0.5), ignore_id=3)
     assert torch.equal(merged, labels)
-
-
-def test_background_that_is_contradicted_is_ignored_and_nothing_else():
-    logits = logits_of([[0.95, 0.05], [0.95, 0.05], [0.1, 0.9], [0.95, 0.05], [0.95, 0.05]])
-    labels = torch.tensor([0, 0, 0, 2, -1]).reshape(1, 1, 1, 1, 5)
-    contradicted = torch.tensor([False, True, True, True, True]).reshape(1, 1, 1, 1, 5)
-    merged = merge_pseudo_labels(labels, logits, BELIEVED, 3, contradicted)
-    assert merged.flatten().tolist() == [0, 3, 1, 2, -1]
-
-
-def prototypes_of(means, tau=0.5):
-    means = np.array(means, np.float32)
-    counts = np.where(np.isnan(means[:, 0]), 0, 10)
-    return SimpleNamespace(means=means, centre=np.zeros(2, np.float32), tau=tau, usable=counts > 0)
-
-
-class OneLayer(torch.nn.Module):
-    """Features are the image's two channels, logits twice these."""
-
-    def __init__(self):
-        super().__init__()
-        self.features, self.scale = torch.nn.Identity(), torch.nn.Parameter(torch.tensor(2.0))
-
-    def forward(self, x):
-        return self.scale * self.features(x)
-
-
-def test_background_is_contradicted_where_features_look_like_an_organ():
-    network = OneLayer()
-    x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [3.0, 0.1]]).T.reshape(1, 2, 1, 1, 4)
-    with FeatureTap(network, "features") as tap:
-        check = BackgroundCheck(network, tap, prototypes_of([[1.0, 0.0], [0.0, 1.0]]), smallest=0.3)
-        outputs = check(x)
-    assert torch.equal(outputs[:, :2], 2 * x)
-    cosines = [1, 0, 2**-0.5, 3 / 9.01**0.5]
-    assert outputs[0, 2].flatten().tolist() == pytest.approx(cosines)
-    assert outputs[0, 3].flatten().tolist() == pytest.approx([0, 1, 2**-0.5, 0.1 / 9.01**0.5])
-    found = check.contradicted(outputs[:, 2:])  # assignments to background: 0.88, 0.12, 0.5, 0.87
-    assert found.shape == (1, 1, 1, 1, 4)
-    assert found.flatten().tolist() == [False, True, False, False]
-    check.smallest = 1 / (1 + math.exp(1 / 0.5)) - 1e-6
-    assert not check.contradicted(outputs[:, 2:]).any()
-
-
-@pytest.mark.parametrize(("means", "found"), [([[NAN, NAN], [0.0, 1.0]], False), ([[1.0, 0.0], [NAN, NAN]], False)])
-def test_a_class_without_prototype_contradicts_nothing(means, found):
-    network = OneLayer()
-    with FeatureTap(network, "features") as tap:
-        check = BackgroundCheck(network, tap, prototypes_of(means), smallest=0.9)
-        outputs = check(torch.tensor([0.0, 1.0]).reshape(1, 2, 1, 1, 1))
-    assert check.contradicted(outputs[:, 2:]).item() is found
 
 
 def test_what_is_known_not_to_be_there_is_ruled_out_and_the_rest_is_what_remains():
@@ -188,7 +131,7 @@ def teacher(image):
     logits[1, :4] = 8.0
     logits[0, 4:] = 8.0
     logits[:, 5, 5, 5] = 0.0
-    return TeacherView(logits)
+    return logits
 
 
 def test_cache_gives_the_merged_case_with_its_locations(tmp_path, dataset):
@@ -208,19 +151,6 @@ def test_cache_gives_the_merged_case_with_its_locations(tmp_path, dataset):
         assert (seg[tuple(locations[label].T)] == label).all()
     assert 3 not in seg[tuple(locations[(-1, 0, 1, 2)].T)]
     np.testing.assert_array_equal(cache.counts(["a", "b.c"]), 2 * np.bincount(expected.astype(int).ravel())[:3])
-
-
-def test_cache_ignores_contradicted_background(tmp_path, dataset):
-    def view(image):
-        contradicted = torch.zeros(1, 6, 6, 6, dtype=torch.bool)
-        contradicted[:, 3:5] = True  # row 3 is an organ to the teacher, row 4 is background
-        return TeacherView(teacher(image).logits, contradicted)
-
-    cache = PseudoLabelCache(tmp_path, KEY)
-    assert cache.fill(dataset, ["a"], view, BELIEVED, (4, 4, 4), with_annotated=False) == 1
-    seg = np.asarray(cache.load("a")[0][:])[0]
-    assert (seg[3] == 1).all()
-    assert (seg[4] == 3).all()
 
 
 def test_cache_is_made_once_a_label_file_teacher_and_setting(tmp_path, dataset):

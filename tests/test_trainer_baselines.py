@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -30,9 +27,6 @@ VARIANTS = {
     "ewf_1": "{trainer: nnUNetTrainerEWF, fusion: 1}",
     "ewc_0": "{trainer: nnUNetTrainerEWC, lambda_ewc: 0}",
     "plop_online": "{trainer: nnUNetTrainerPLOP, pseudo_labels: online}",
-    "gated": "{trainer: nnUNetTrainerPGCD, gate_background: 0.5}",
-    "gated_online": "{trainer: nnUNetTrainerPGCD, gate_background: 0.5, pseudo_labels: online}",
-    "gated_pseudo": "{trainer: nnUNetTrainerPseudo, gate_background: 0.5}",
     "fused": "{trainer: nnUNetTrainerPGCD, fusion: auto}",
 }
 EXTRA = "variants: {" + ", ".join(f"{name}: {changes}" for name, changes in VARIANTS.items()) + "}"
@@ -114,44 +108,6 @@ def test_mib_trains_on_bare_labels_and_plop_on_its_own_pseudo_labels(chain):
         key = json.loads((trainer._cache.folder / "key.json").read_text(encoding="utf-8"))
         assert ("entropy" in key) == (rule is not None)
         assert ("tau_old" in key) == (rule is None)
-
-
-def test_background_that_prototypes_contradict_is_ignored(chain):
-    folders, segs = {}, {}
-    for method in ("pgcd", "gated", "gated_pseudo"):
-        trainer = trainer_of(chain, 2, method)
-        trainer.on_train_start()
-        folders[method] = trainer._cache.folder
-        segs[method] = np.asarray(trainer.dataloader_train.data_loader._data.load_case("case_0")[1][:])
-    assert folders["pgcd"] == folders["gated_pseudo"] != folders["gated"], "pseudo has no prototypes to ask"
-    changed = segs["gated"] != segs["pgcd"]
-    assert changed.any()
-    assert set(segs["pgcd"][changed]) == {0}
-    assert set(segs["gated"][changed]) == {3}
-    assert (segs["gated"] == 0).any()
-
-
-def test_without_prototypes_background_is_believed_by_confidence(chain):
-    trainer = trainer_of(chain, 2, "gated")
-    trainer.on_train_start()
-    trainer.teacher = replace(trainer.teacher, prototypes=None)
-    assert trainer._background_check() is None
-    logs = Path(trainer.output_folder).glob("training_log_*.txt")
-    assert any("believed by confidence alone" in path.read_text(encoding="utf-8") for path in logs)
-
-
-def test_background_is_checked_in_online_pseudo_labels_too(chain):
-    trainer = trainer_of(chain, 2, "gated_online")
-    trainer.on_train_start()
-    batch = next(trainer.dataloader_train)
-    logits = trainer._teacher_logits(batch["data"])
-    gated = trainer._with_online_labels(batch["target"], logits)[0]
-    trainer._gate = None
-    plain = trainer._with_online_labels(batch["target"], logits)[0]
-    changed = gated != plain
-    assert changed.any()
-    assert (plain[changed] == 0).all()
-    assert (gated[changed] == 3).all()
 
 
 def test_mib_loss_keeps_dice_and_folds_every_resolution(chain):
