@@ -180,7 +180,7 @@ class Chain:
         write_json(self.folder / CHAIN_FILE, sealed(self.content))
 
     def differing_keys(self) -> list[str]:
-        """``key: before, now`` of the schedule in ``content`` and this one, for what may not change while a chain runs.
+        """``key: then, now`` of the schedule in ``content`` and this one, for what may not change while a chain runs.
 
         That is all but what is no part of a training that was done, and the variants, whose trainings are compared
         one by one.
@@ -192,7 +192,7 @@ class Chain:
             if self.source_is_gone(step) and "unlabelled" in then:
                 given["unlabelled"] = then["unlabelled"]
         keys = sorted((set(before) | set(now)) - CHANGEABLE_KEYS)
-        return [f"{k}: chain {before.get(k)}, schedule {now.get(k)}" for k in keys if before.get(k) != now.get(k)]
+        return [line for key in keys for line in _differences(key, before.get(key), now.get(key))]
 
     def _refuse_other_schedule(self, differing: Sequence[str]) -> None:
         folders = "".join(f"\n  {folder}" for folder in (self.folder, *self._own_datasets()))
@@ -322,6 +322,18 @@ def read_chain(path: Path) -> dict[str, Any]:
     content = read_json(path, CHAIN_EXPECTED)
     check_chain(content, path)
     return content
+
+
+def _differences(key: str, then: Any, now: Any) -> Iterator[str]:
+    """A line for each innermost key at which two parts of a schedule differ."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        for name in sorted(set(then) | set(now)):
+            yield from _differences(f"{key}: {name}", then.get(name), now.get(name))
+    elif key == "steps" and len(then) == len(now):
+        for number, pair in enumerate(zip(then, now, strict=True)):
+            yield from _differences(f"steps[{number}]", *pair)
+    elif then != now:
+        yield f"{key}: chain {then}, schedule {now}"
 
 
 def _without(content: Mapping[str, Any], *keys: str) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def test_another_schedule_is_refused(chain, tmp_path):
     content["schedule"]["training"]["epochs"] = 99
     content.pop("digest")
     write_json(other / "chain.json", content)
-    with pytest.raises(ValueError, match=r"got scores of another schedule.*\n.*training: chain .*'epochs': 99"):
+    with pytest.raises(ValueError, match=r"got scores of another schedule.*\n.*training: epochs: chain 99, schedule 1"):
         gather_scores(chain, [other])
 
 
