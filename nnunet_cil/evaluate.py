@@ -363,6 +363,7 @@ class _Run:
 def collect_scores(chain: Chain, variants: list[Variant]) -> tuple[dict[str, Any], list[Row]]:
     """All scores of a chain as JSON-able dict and as table rows, one a method: the mean over its seeds and folds.
 
+    A row takes those seeds and folds of which the latest step is scored, so that all its cells are means over the same.
     The ensemble of several folds has a row of its own.
 
     The dict says under ``units`` what its numbers are.
@@ -428,7 +429,9 @@ def _entry(chain: Chain, run: _Run, gaps: Mapping[str, Mapping[str, float]]) -> 
 
 
 def _row(chain: Chain, method: str, runs: Sequence[tuple[_Run, Mapping[str, float]]]) -> Row:
-    """Mean over runs of matrices and gaps; absent scores are summed."""
+    """Mean over the runs that have come furthest of matrices and gaps; absent scores are summed."""
+    furthest = max(max(run.evaluations) for run, _ in runs)
+    runs = [(run, gaps) for run, gaps in runs if max(run.evaluations) == furthest]
     stacked = {score: np.stack([run.matrices[score] for run, _ in runs]) for score in SCORES}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a cell or gap that no run has

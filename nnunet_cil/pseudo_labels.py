@@ -77,7 +77,7 @@ def entropy_histogram(labels: torch.Tensor, teacher_logits: torch.Tensor) -> tor
 
 
 def median_entropies(histogram: torch.Tensor, smallest: float = 1e-3) -> torch.Tensor:
-    """(n_old,) lower edge of the bin that holds each class's median entropy, at least ``smallest`` (as PLOP's code)."""
+    """(n_old,) lower edge of the bin that holds each class's median entropy, at least ``smallest``."""
     cumulated = histogram.cumsum(1)
     median = (2 * cumulated < cumulated[:, -1:]).sum(1).clamp_max(ENTROPY_BINS - 1)
     return (median / ENTROPY_BINS).clamp_min(smallest)

@@ -76,6 +76,18 @@ def test_a_distance_that_does_not_exist_is_left_out_while_dice_and_nsd_are_zero(
     assert np.isnan(score_matrix(chain, variant, "all", "hd95_mm")).all()
 
 
+def test_a_seed_that_has_not_come_as_far_is_not_mixed_into_the_row(chain):
+    for seed, ball in ((0, 0.9), (1, 0.3), (2, 0.4)):
+        score(chain, "pgcd", seed, 1, {"a": {"ball": ball}})
+    variants = [chain.variant("pgcd", seed) for seed in (0, 1, 2)]
+    assert [row.seeds for row in collect_scores(chain, variants)[1]] == [3]
+    score(chain, "pgcd", 0, 2, {"a": {"ball": 0.8, "blob": 0.5}})
+    content, rows = collect_scores(chain, variants)
+    assert [row.seeds for row in rows] == [1]
+    np.testing.assert_allclose(rows[0].R, [[0.9, NAN], [0.8, 0.5]])
+    assert len(content["runs"]) == 3, "in scores.json all are there"
+
+
 def test_an_unknown_score_is_refused(chain):
     with pytest.raises(ValueError, match="score: got 'iou', expected one of dice, nsd, hd95_mm"):
         score_matrix(chain, chain.variant("pgcd", 0), "all", "iou")

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
-from torch.nn.functional import normalize
 
 from nnunet_cil.losses.distillation import at_least_float32
 
@@ -39,10 +38,10 @@ def strips(features: torch.Tensor, axis: int, parts: int) -> torch.Tensor:
 
 
 def local_pod_embedding(features: torch.Tensor, scales: Sequence[int] = SCALES) -> torch.Tensor:
-    """All strips along all spatial axes at all scales, as one unit vector an image (eq. 5 and 6).
+    """All strips along all spatial axes at all scales, as one vector an image (eq. 5 and 6).
 
-    Features are squared first and the vector is normalised, as in the authors' published code. A scale that an axis is
-    too short for is left out on that axis. A map of zeros gives the zero vector.
+    Features are squared first and the vector is not normalised, as in the authors' published code with the options of
+    their method. A scale that an axis is too short for is left out on that axis.
 
     Args:
         features: (B, D, *S) with two or three spatial axes.
@@ -56,11 +55,11 @@ def local_pod_embedding(features: torch.Tensor, scales: Sequence[int] = SCALES) 
     pooled = [
         strips(squared, axis, parts).flatten(1) for parts in scales for axis in axes if squared.shape[axis + 2] >= parts
     ]
-    return normalize(torch.cat(pooled, 1), dim=1)
+    return torch.cat(pooled, 1)
 
 
 def local_pod(student: torch.Tensor, teacher: torch.Tensor, scales: Sequence[int] = SCALES) -> torch.Tensor:
-    """Euclidean distance of the two embeddings, mean over the batch; between 0 and 2.
+    """Euclidean distance of the two embeddings, mean over the batch; grows with the features and their number.
 
     Args:
         student: (B, D, *S).
