@@ -42,7 +42,7 @@ from nnunet_cil.present import present_variants, scored_variants
 from nnunet_cil.report import write as report_page
 from nnunet_cil.report.figures import plot_mean_dice
 from nnunet_cil.report.paired import paired_table
-from nnunet_cil.report.table import score_table
+from nnunet_cil.report.table import marked, score_table
 from nnunet_cil.report.words import fate_of_old
 from nnunet_cil.schedule import ABLATIONS, Schedule, load_schedule
 
@@ -430,7 +430,7 @@ def _title(chain: Chain, variant: Variant, step: int | str, fold: int | str) -> 
     where = "all classes" if step == JOINT else f"step {step} of {chain.n_steps}"
     if step == 1 and chain.schedule.model is not None:
         return f"the given model, {where}, fold {fold}"
-    return f"{variant.method}, seed {variant.seed}, {where}, fold {fold}"
+    return f"{marked(variant.method)}, seed {variant.seed}, {where}, fold {fold}"
 
 
 def _arguments(chain: Chain, variant: Variant, step: int | str, fold: int | str) -> list[str]:

@@ -10,7 +10,11 @@ from nnunet_cil.cli.common import add_launcher_argument, add_seeds_argument
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add the subcommand."""
-    parser = subparsers.add_parser("ablate", help="run the chain's method with one part of it left out at a time")
+    parser = subparsers.add_parser(
+        "ablate",
+        help="run the chain's method with one part of it left out at a time",
+        description="Trains, predicts and scores what is not done yet: a dozen chains a seed, which share step 1.",
+    )
     parser.add_argument("schedule", type=Path, help="YAML file that says what is learned when")
     add_seeds_argument(parser)
     add_launcher_argument(parser)

@@ -6,11 +6,13 @@ import argparse
 from pathlib import Path
 
 
-def add_chain_arguments(parser: argparse.ArgumentParser, default: str = "the schedule's") -> None:
+def add_chain_arguments(
+    parser: argparse.ArgumentParser, methods: str = "the schedule's", seeds: str = "the schedule's"
+) -> None:
     """SCHEDULE, --methods and --seeds.
 
     Args:
-        default: which methods and seeds are taken where none are named, for the help.
+        methods, seeds: which are taken where none are named, for the help.
     """
     parser.add_argument("schedule", type=Path, help="YAML file that says what is learned when")
     parser.add_argument(
@@ -18,9 +20,9 @@ def add_chain_arguments(parser: argparse.ArgumentParser, default: str = "the sch
         nargs="+",
         default=[],
         metavar="METHOD",
-        help=f"methods side by side on the same step 1, such as pgcd, finetune, joint (default: {default})",
+        help=f"methods side by side on the same step 1, such as pgcd, finetune, joint (default: {methods})",
     )
-    add_seeds_argument(parser, default)
+    add_seeds_argument(parser, seeds)
 
 
 def add_launcher_argument(parser: argparse.ArgumentParser) -> None:
@@ -36,5 +38,16 @@ def add_launcher_argument(parser: argparse.ArgumentParser) -> None:
 def add_seeds_argument(parser: argparse.ArgumentParser, default: str = "the schedule's") -> None:
     """--seeds, see `add_chain_arguments`."""
     parser.add_argument(
-        "--seeds", nargs="+", type=int, default=[], metavar="SEED", help=f"seeds of the trainings (default: {default})"
+        "--seeds",
+        nargs="+",
+        type=_seed,
+        default=[],
+        metavar="SEED",
+        help=f"seeds of the trainings (default: {default})",
     )
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected whole numbers from 0 on with spaces between: 0 1 2")
+    return int(text)

@@ -9,8 +9,13 @@ from nnunet_cil.cli.common import add_chain_arguments, add_launcher_argument
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add the subcommand."""
-    parser = subparsers.add_parser("compare", help="run several methods side by side and report the differences")
-    add_chain_arguments(parser)
+    parser = subparsers.add_parser(
+        "compare",
+        help="run several methods side by side and report the differences",
+        description="Trains, predicts and scores what is not done yet. All methods of a seed share step 1, data and "
+        "plans; the table and report.html show the differences to the schedule's own method, paired by test subject.",
+    )
+    add_chain_arguments(parser, methods="all that keep no scans, and joint")
     add_launcher_argument(parser)
     parser.set_defaults(run=run)
 

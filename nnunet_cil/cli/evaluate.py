@@ -10,7 +10,7 @@ from nnunet_cil.cli.common import add_chain_arguments
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add the subcommand."""
     parser = subparsers.add_parser("evaluate", help="score the models that are trained")
-    add_chain_arguments(parser, default="all that the chain has")
+    add_chain_arguments(parser, methods="all that the chain has", seeds="all that the chain has")
     parser.set_defaults(run=run)
 
 

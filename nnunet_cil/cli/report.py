@@ -15,7 +15,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         description="Writes report.html, one file that opens anywhere, and figures/ (PNG and PDF) into the chain's "
         "folder. It reads what `run` and `evaluate` have written; nothing is trained or predicted.",
     )
-    add_chain_arguments(parser, default="all that the chain has")
+    add_chain_arguments(parser, methods="all that the chain has", seeds="all that the chain has")
     parser.set_defaults(run=run)
 
 

@@ -10,7 +10,7 @@ from nnunet_cil.cli.common import add_chain_arguments
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add the subcommand."""
     parser = subparsers.add_parser("status", help="say where a chain stands")
-    add_chain_arguments(parser, default="all that are prepared")
+    add_chain_arguments(parser, methods="all that are prepared", seeds="all that are prepared")
     parser.set_defaults(run=run)
 
 

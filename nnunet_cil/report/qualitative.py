@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from nnunet_cil.report.colours import organ_style, plain_organs
 from nnunet_cil.report.figures import WIDTH_INCHES, drawing, legend, shown
+from nnunet_cil.report.table import marked
 
 CT_WINDOW_HU = (-160.0, 240.0)  # soft tissue: level 40, width 400
 MARGIN = 0.3
@@ -188,7 +189,7 @@ def plot_panel(
             for axes, (name, mask) in zip(grid.flat, tiles.items(), strict=False):
                 _draw_tile(axes, found, mask, len(classes))
                 dice = scores.get(title, {}).get(name, math.nan)
-                text = shown(name) + ("" if math.isnan(dice) else f"  {100 * dice:.0f}")
+                text = shown(marked(name)) + ("" if math.isnan(dice) else f"  {100 * dice:.0f}")
                 written = axes.set_title(text, fontweight="normal")
                 needed = written.get_window_extent().width / figure.dpi
                 written.set_fontsize(written.get_fontsize() * min(1, _TITLE_SHARE * tile / needed))

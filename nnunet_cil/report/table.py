@@ -52,7 +52,7 @@ KEEPS_SCANS = "replay"  # and variants of it, whose names begin with this word
 
 def marked(method: str) -> str:
     """A method's name as it is shown everywhere: one that keeps scans of earlier steps says so."""
-    return f"{method} (keeps scans)" if method.startswith(KEEPS_SCANS) else method
+    return f"{method} (not privacy-safe)" if method.startswith(KEEPS_SCANS) else method
 
 
 @dataclass(frozen=True, eq=False)

@@ -133,6 +133,6 @@ def test_numbers_of_classes_must_agree():
 
 def test_a_method_that_keeps_scans_says_so():
     kept = Row("replay_8", PGCD.R)
-    assert score_table([kept], CLASSES, LEARNED_AT).count("replay_8 (keeps scans)") == 2
-    assert "replay_8 (keeps scans)" in markdown_table([kept], CLASSES, LEARNED_AT)
+    assert score_table([kept], CLASSES, LEARNED_AT).count("replay_8 (not privacy-safe)") == 2
+    assert "replay_8 (not privacy-safe)" in markdown_table([kept], CLASSES, LEARNED_AT)
     assert "keeps" not in score_table([PGCD], CLASSES, LEARNED_AT)
