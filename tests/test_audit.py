@@ -265,7 +265,7 @@ def test_a_later_step_trains_after_all_earlier_data_and_their_source_are_deleted
 @pytest.mark.parametrize(
     ("methods", "seeds", "message"),
     [
-        (["replay"], [], "replay, seed 0, step 2 of 2, fold all: needs the data of 1"),
+        (["replay"], [], "replay (not privacy-safe), seed 0, step 2 of 2, fold all: needs the data of 1"),
         (["joint"], [], "joint, seed 0, all classes, fold all: needs the data of 1"),
         ([], [1], "pgcd, seed 1, step 1 of 2, fold all: needs the data of 1"),
     ],
