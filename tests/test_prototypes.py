@@ -364,3 +364,13 @@ def test_sums_counts_and_samples_go_over_two_ranks(tmp_path):
         prototype, sizes = torch.load(tmp_path / f"rank_{rank}.pt")
         torch.testing.assert_close(prototype, expected.prototype)
         assert sizes == [min(6, int(n)) for n in together.counts]
+
+
+def test_samples_are_features_of_voxels_not_channels_mixed_over_the_batch():
+    torch.manual_seed(0)
+    features, labels = torch.randn(2, D, 3, 4, dtype=torch.float64), torch.randint(0, K, (2, 3, 4))
+    accumulator = PrototypeAccumulator(K, D)
+    accumulator.add(features, labels)
+    for c in range(K):
+        expected = [features[b, :, i, j].tolist() for b, i, j in (labels == c).nonzero().tolist()]
+        assert sorted(accumulator._samples[c].tolist()) == sorted(expected)

@@ -34,6 +34,14 @@ def test_all_terms_have_their_weights():
         torch.testing.assert_close(weighted[name], factor * plain[name])
 
 
+def test_all_that_it_computes_with_follows_the_device():
+    own = objective()
+    kept = {name for module in own.modules() for name, value in vars(module).items() if isinstance(value, torch.Tensor)}
+    assert not kept, "a plain attribute stays behind"
+    assert {"means", "usable", "centre", "tau", "background.prototype"} <= set(dict(own.named_buffers()))
+    assert all(buffer.device.type == "meta" for buffer in own.to("meta").buffers())
+
+
 @pytest.mark.parametrize(
     ("settings", "left"),
     [
