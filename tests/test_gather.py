@@ -19,14 +19,19 @@ from nnunet_cil.teacher import sha256_of
 from tests.conftest import write_schedule, write_tiny_dataset
 
 
-@pytest.fixture
-def chain(nnunet_folders, tmp_path) -> Chain:
+def chain_with_test_set(tmp_path: Path) -> Chain:
+    """A chain that is planned and of which nothing is trained; nnU-Net's folders have to be set."""
     source = write_tiny_dataset(tmp_path / "source", n_cases=3)
     chain = Chain.open(load_schedule(write_schedule(tmp_path / "s.yaml", source)))
     chain.content["plans_name"] = "nnUNetPlans"
     chain.save()
     write_test_set(chain)
     return chain
+
+
+@pytest.fixture
+def chain(nnunet_folders, tmp_path) -> Chain:
+    return chain_with_test_set(tmp_path)
 
 
 def score(chain: Chain, method: str, seed: int, step, ball: float) -> Path:

@@ -9,21 +9,14 @@ import pytest
 
 from nnunet_cil import driver
 from nnunet_cil.chain import JOINT, Chain, write_json
-from nnunet_cil.dataset import block_of, write_test_set
+from nnunet_cil.dataset import block_of
 from nnunet_cil.present import present_variants
-from nnunet_cil.schedule import load_schedule
-from tests.conftest import write_schedule, write_tiny_dataset
-from tests.test_gather import score
+from tests.test_gather import chain_with_test_set, score
 
 
 @pytest.fixture
 def chain(nnunet_folders, tmp_path) -> Chain:
-    source = write_tiny_dataset(tmp_path / "source", n_cases=3)
-    chain = Chain.open(load_schedule(write_schedule(tmp_path / "s.yaml", source)))
-    chain.content["plans_name"] = "nnUNetPlans"
-    chain.save()
-    write_test_set(chain)
-    return chain
+    return chain_with_test_set(tmp_path)
 
 
 def plans_of(chain: Chain, method: str, seed: int, step: int | str, begun: bool = True) -> None:
