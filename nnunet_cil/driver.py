@@ -22,7 +22,7 @@ import torch
 from nnunet_cil import nnunet_api
 from nnunet_cil.chain import JOINT, REPLAY_TRAINER, Chain, Variant, method_of, write_json
 from nnunet_cil.dataset import block_of, prepare_chain, write_test_set
-from nnunet_cil.environment import trainer_path_variable
+from nnunet_cil.environment import trainer_path_variable, trainers_dir
 from nnunet_cil.evaluate import (
     ENSEMBLE,
     collect_scores,
@@ -69,8 +69,17 @@ def compared_methods(schedule: Schedule) -> list[str]:
 
 
 def ablated_methods(schedule: Schedule) -> list[str]:
-    """The chain's own method, whole and with one part left out at a time."""
+    """The chain's own method, whole and with one part left out at a time.
+
+    Raises:
+        ValueError: its method has none of these parts.
+    """
     own = method_of(schedule.trainer)
+    if own != "pgcd" and (trainers_dir() / f"{schedule.trainer}.py").is_file():
+        raise ValueError(
+            f"{schedule.file}: trainer: got {schedule.trainer}, expected nnUNetTrainerPGCD or one made of it: what is "
+            "ablated are parts of PGCD, and this method has none of them. Use `nnunet-cil compare` for other methods."
+        )
     return [own, *(f"{own}-{name}" for name in ABLATIONS)]
 
 

@@ -153,8 +153,7 @@ def _key(chain: Chain, variant: Variant, step: int | str, fold: int | str) -> di
     digests = [sha256_of(checkpoint) for checkpoint in _checkpoints(chain, variant, step, fold)]
     return {
         "checkpoint_sha256": digests[0] if len(digests) == 1 else sha256("".join(digests).encode()).hexdigest(),
-        "test_sha256": sha256_of(chain.folder / "test" / "test.json"),
-        "nsd_tolerance_mm": chain.schedule.nsd_tolerance_mm,
+        **scored_as(chain),
     }
 
 
@@ -264,8 +263,8 @@ def predict_line(chain: Chain, variant: Variant, step: int | str, fold: int | st
 def score_matrix(chain: Chain, variant: Variant, fold: int | str, score: str = "dice") -> NDArray[np.float64]:
     """(T, K) mean of a score over test subjects; NaN where a class is not learned yet, not labelled, or not evaluated.
 
-    Joint has one model, of all classes: only its last row is filled. A model that was scored at another tolerance, or
-    before there were surface scores, counts as not evaluated.
+    Joint has one model, of all classes: only its last row is filled. A model that was scored on another test set or at
+    another tolerance, or before there were surface scores, counts as not evaluated.
 
     Args:
         score: ``dice``, ``nsd`` or ``hd95_mm``, in that unit; a subject without this score takes no part in the mean.
@@ -285,13 +284,20 @@ def _steps(chain: Chain, variant: Variant) -> dict[int, int | str]:
 
 def _evaluations(chain: Chain, variant: Variant, fold: int | str) -> dict[int, dict[str, Any]]:
     """Row of the matrix -> what ``evaluate_model`` stored."""
+    wanted = scored_as(chain)
     found = {}
     for row, step in _steps(chain, variant).items():
-        path = evaluation_file(chain, variant, step, fold)
-        content = read_scores(path)
-        if content.get("nsd_tolerance_mm") == chain.schedule.nsd_tolerance_mm:
+        content = read_scores(evaluation_file(chain, variant, step, fold))
+        if content.items() >= wanted.items():
             found[row] = content
     return found
+
+
+def scored_as(chain: Chain) -> dict[str, Any]:
+    """What scores must have been taken with, to stand beside others: tolerance, and the test set if it is there."""
+    test = chain.folder / "test" / "test.json"
+    own_test = {"test_sha256": sha256_of(test)} if test.is_file() else {}
+    return {**own_test, "nsd_tolerance_mm": chain.schedule.nsd_tolerance_mm}
 
 
 def _learned(chain: Chain, row: int) -> list[tuple[int, str]]:
@@ -361,7 +367,7 @@ class _Run:
 
 
 def collect_scores(chain: Chain, variants: list[Variant]) -> tuple[dict[str, Any], list[Row]]:
-    """All scores of a chain as JSON-able dict and as table rows, one a method: the mean over its seeds and folds.
+    """All scores of a chain as JSON-able dict and as table rows, one a method: its seeds, each the mean of its folds.
 
     A row takes those seeds and folds of which the latest step is scored, so that all its cells are means over the same.
     The ensemble of several folds has a row of its own.
@@ -429,26 +435,38 @@ def _entry(chain: Chain, run: _Run, gaps: Mapping[str, Mapping[str, float]]) -> 
 
 
 def _row(chain: Chain, method: str, runs: Sequence[tuple[_Run, Mapping[str, float]]]) -> Row:
-    """Mean over the runs that have come furthest of matrices and gaps; absent scores are summed."""
+    """The runs that have come furthest: a seed is the mean of its folds, absent scores are summed."""
     furthest = max(max(run.evaluations) for run, _ in runs)
     runs = [(run, gaps) for run, gaps in runs if max(run.evaluations) == furthest]
-    stacked = {score: np.stack([run.matrices[score] for run, _ in runs]) for score in SCORES}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a cell or gap that no run has
-        mean = {score: np.nanmean(values, 0) for score, values in stacked.items()}
-        std = np.nanstd(stacked["dice"], 0, ddof=1) if len(runs) > 1 else None
-        gaps = {name: float(np.nanmean([gap[name] for _, gap in runs])) for name in runs[0][1]}
+    by_seed: dict[int | None, list[tuple[_Run, Mapping[str, float]]]] = defaultdict(list)
+    for run, gaps in runs:
+        by_seed[run.variant.seed].append((run, gaps))
+    each = {
+        score: np.stack([_mean([run.matrices[score] for run, _ in folds]) for folds in by_seed.values()])
+        for score in SCORES
+    }
+    gaps = {name: [_mean([gap[name] for _, gap in folds]) for folds in by_seed.values()] for name in runs[0][1]}
+    mean = {score: _mean(matrices) for score, matrices in each.items()}
     without_hd95 = np.isnan(mean["hd95_mm"][-1]) & ~np.isnan(mean["dice"][-1])
     total = {kind: sum(n or 0 for run, _ in runs for n in run.counts[kind][-1]) for kind in ("subjects", *ABSENCES)}
+    at = learned_at(chain)
     final = FinalScores(
-        nsd=final_means(mean["nsd"], learned_at(chain))["mean"],
+        nsd=final_means(mean["nsd"], at)["mean"],
         nsd_tolerance_mm=chain.schedule.nsd_tolerance_mm,
-        hd95_mm=np.nan if without_hd95.any() else final_means(mean["hd95_mm"], learned_at(chain))["mean"],
+        hd95_mm=np.nan if without_hd95.any() else final_means(mean["hd95_mm"], at)["mean"],
         n_scores=total["subjects"],
         **{kind: total[kind] for kind in ABSENCES},
-        **gaps,
+        **{name: float(_mean(values)) for name, values in gaps.items()},
+        gap_seeds=int(np.count_nonzero(~np.isnan(gaps["gap_to_joint"]))),
     )
-    return Row(method=method, R=mean["dice"], seeds=len(runs), R_std=std, final=final)
+    return Row(method, each["dice"], final)
+
+
+def _mean(values: Any) -> Any:
+    """Mean over the first axis of what is there; NaN where nothing is."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return np.nanmean(values, 0)
 
 
 def _paired(chain: Chain, variants: Sequence[Variant]) -> dict[str, Any]:
@@ -482,6 +500,7 @@ def _by_test_set(chain: Chain, run: _Run) -> list[dict[str, Any]]:
         found.append(
             {
                 "set": number,
+                "name": _test_set_name(chain, number),
                 "n_subjects": len(cases),
                 "never_trained_on": _never_trained_on(chain, number),
                 "mean": {score: final_means(matrix, learned_at(chain))["mean"] for score, matrix in matrices.items()},
@@ -489,6 +508,13 @@ def _by_test_set(chain: Chain, run: _Run) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def _test_set_name(chain: Chain, number: int) -> str:
+    if not 0 <= number < len(chain.schedule.test):
+        return f"test set {number + 1}"
+    test = chain.schedule.test[number]
+    return (test.dataset or test.images.parent).name
 
 
 def _never_trained_on(chain: Chain, number: int) -> bool | None:

@@ -21,6 +21,7 @@ from nnunet_cil.dataset import dataset_json_of
 from nnunet_cil.evaluate import evaluation_file, score_matrix
 from nnunet_cil.given_model import GivenModel, opened_zip
 from nnunet_cil.lineage import LINEAGE_FILE, Files, check_fold, exported, sealed
+from nnunet_cil.report.table import marked
 from nnunet_cil.step_files import read_step_file
 from nnunet_cil.teacher import PROTOTYPE_FILE, sha256_of
 from nnunet_cil.untrusted import parse_json
@@ -148,6 +149,8 @@ def _scores(chain: Chain, variant: Variant, step: int | str, folds: Sequence[int
         row = (chain.n_steps if step == JOINT else int(step)) - 1
         values = score_matrix(chain, variant, fold)[row]
         dice = {name: round(float(v), 4) for name, v in zip(chain.schedule.classes, values, strict=True) if v == v}
+        if not dice:  # scored on another test set or at another tolerance than now
+            continue
         scored[f"fold_{fold}"] = {
             "mean_dice": dice,
             "test_subjects": len(json.loads(path.read_text(encoding="utf-8"))["scores"]),
@@ -241,7 +244,9 @@ def verify_export(path: Path, files: Files) -> Iterator[str]:
 
 def card_text(card: Mapping[str, Any]) -> str:
     """A card as lines to read; what cannot be printed, such as codes for a terminal, is replaced."""
-    lines = [f"{card.get('name')}: {card.get('method')}, after step {card.get('step')}, seed {card.get('seed')}"]
+    lines = [
+        f"{card.get('name')}: {marked(str(card.get('method')))}, after step {card.get('step')}, seed {card.get('seed')}"
+    ]
     organs = {name: value for name, value in card.get("labels", {}).items() if name != "background"}
     lines.append("labels: " + ", ".join(f"{value} {name}" for name, value in organs.items()))
     for number, step in enumerate(card.get("steps", ()), 1):

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_cil.chain import CHAIN_FILE, JOINT, Chain, read_chain, write_json
-from nnunet_cil.evaluate import check_scores, evaluation_file, scored_folds
+from nnunet_cil.evaluate import check_scores, evaluation_file, scored_as, scored_folds
 from nnunet_cil.present import SCORES
-from nnunet_cil.teacher import sha256_of
 from nnunet_cil.untrusted import read_json
 
 logger = logging.getLogger(__name__)
@@ -37,7 +36,7 @@ def gather_scores(chain: Chain, folders: Sequence[Path]) -> int:
             f"{chain.folder}: got no prepared chain with a test set, expected one to bring scores to. Run `nnunet-cil "
             f"prepare {chain.schedule.file}` first."
         )
-    expected = {"test_sha256": sha256_of(test_file), "nsd_tolerance_mm": chain.schedule.nsd_tolerance_mm}
+    expected = scored_as(chain)
     new: dict[Path, dict[str, Any]] = {}
     for folder in folders:
         theirs = Chain(chain.schedule, read_chain(folder / CHAIN_FILE))

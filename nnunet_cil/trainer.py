@@ -125,7 +125,7 @@ class IncrementalTrainer(nnUNetTrainer):
         self._is_fused = False
         self._epoch_started = monotonic()
         self._last_save, self._seconds_of_save = monotonic(), 0.0
-        self._seconds_training = 0.0
+        self._seconds_training = self._seconds_preparing = 0.0
         self._validation_limit = sys.maxsize
         self.logger.local_logger = TermLogger()
         ignoring = {**dataset_json, "labels": {**dataset_json["labels"], "ignore": self.block.n_classes}}
@@ -209,6 +209,7 @@ class IncrementalTrainer(nnUNetTrainer):
         return composed
 
     def on_train_start(self):
+        started = monotonic()
         if not self.was_initialized:
             self.initialize()
         check_step_files(Path(self.preprocessed_dataset_folder_base), self.configuration_manager.data_identifier)
@@ -222,6 +223,7 @@ class IncrementalTrainer(nnUNetTrainer):
             _set_random_state(self._resumed["random"])
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+        self._seconds_preparing += monotonic() - started
 
     def _read_what_is_labelled(self) -> None:
         """From the step file, which says it where not just the new classes are labelled in all cases."""
@@ -611,6 +613,7 @@ class IncrementalTrainer(nnUNetTrainer):
                 "objective": {} if self.objective is None else self.objective.state_dict(),
                 "random": _random_state(),
                 "seconds_training": self._seconds_training,
+                "seconds_preparing": self._seconds_preparing,
                 "teacher": None if self.teacher is None else self.teacher.sha256,
             }
             torch.save(checkpoint, partial)
@@ -637,6 +640,7 @@ class IncrementalTrainer(nnUNetTrainer):
         self._resumed = resumed
         self._is_fused = Path(filename).name == FINAL_CHECKPOINT
         self._seconds_training = resumed["seconds_training"]
+        self._seconds_preparing = resumed.get("seconds_preparing", 0.0)  # not in those of earlier versions
 
     def do_split(self):
         training, validation = super().do_split()
@@ -669,13 +673,19 @@ class IncrementalTrainer(nnUNetTrainer):
             for left in Path(self.output_folder).glob("checkpoint_*.part"):  # by a training that was killed
                 left.unlink()
             self.logger.local_logger.draw(self.output_folder)
-            self._write_cost()
-        self._store_prototypes()
+        started = monotonic()
+        store, sha256 = self._final_prototypes()
+        if self.local_rank == 0:
+            self._write_cost(monotonic() - started)
+            if not self.disable_checkpointing:
+                self._store(store, sha256)
 
-    def _write_cost(self) -> None:
+    def _write_cost(self, seconds_prototypes: float) -> None:
         iterations = max(1, self.num_epochs * self.num_iterations_per_epoch)
         scale = 1 if sys.platform == "darwin" else 1024
         cost = {
+            "seconds_preparing": self._seconds_preparing,
+            "seconds_prototypes": seconds_prototypes,
             "seconds_training": self._seconds_training,
             "seconds_per_iteration": self._seconds_training / iterations,
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale,
@@ -684,8 +694,8 @@ class IncrementalTrainer(nnUNetTrainer):
         write_json(Path(self.output_folder, COST_FILE), cost)
         self.print_to_log_file(f"Cost of this step: {cost}")
 
-    def _store_prototypes(self) -> None:
-        """Global prototypes of the final model over the training cases, and the lineage, beside the checkpoint."""
+    def _final_prototypes(self) -> tuple[PrototypeStore, str]:
+        """Global prototypes of the final model over the training cases, and its checkpoint's digest."""
         training, _ = nnUNetTrainer.get_tr_and_val_datasets(self)
         if self._cache is not None and self.objective_class.uses_pseudo_labels:
             training = PseudoLabelDataset(training, self._cache)
@@ -695,15 +705,17 @@ class IncrementalTrainer(nnUNetTrainer):
         if self.local_rank == 0 and not self.disable_checkpointing:
             sha256 = sha256_of(Path(self.output_folder, FINAL_CHECKPOINT))
         previous = None if self.teacher is None else self.teacher.prototypes
-        store = self._extract(network, training, self.block.n_classes, sha256, previous)
-        if self.local_rank == 0 and not self.disable_checkpointing:
-            folder, labels = Path(self.output_folder), Path(self.preprocessed_dataset_folder_base, "gt_segmentations")
-            unnamed = folder / f".{PROTOTYPE_FILE}"  # gets its name last: with it, a training counts as ended
-            store.save(unnamed)
-            known = {FINAL_CHECKPOINT: sha256, PROTOTYPE_FILE: sha256_of(unnamed)}
-            write_lineage(folder, type(self).__name__, labels, self._teacher_link, known)
-            os.replace(unnamed, folder / PROTOTYPE_FILE)
-            self.print_to_log_file(f"Prototypes of {list(store.class_names)} stored, tau {store.tau:.4f}")
+        return self._extract(network, training, self.block.n_classes, sha256, previous), sha256
+
+    def _store(self, store: PrototypeStore, sha256: str) -> None:
+        """Prototypes and lineage, beside the checkpoint."""
+        folder, labels = Path(self.output_folder), Path(self.preprocessed_dataset_folder_base, "gt_segmentations")
+        unnamed = folder / f".{PROTOTYPE_FILE}"  # gets its name last: with it, a training counts as ended
+        store.save(unnamed)
+        known = {FINAL_CHECKPOINT: sha256, PROTOTYPE_FILE: sha256_of(unnamed)}
+        write_lineage(folder, type(self).__name__, labels, self._teacher_link, known)
+        os.replace(unnamed, folder / PROTOTYPE_FILE)
+        self.print_to_log_file(f"Prototypes of {list(store.class_names)} stored, tau {store.tau:.4f}")
 
     def _extract(
         self, network: nn.Module, dataset, n_classes: int, sha256: str, previous: PrototypeStore | None

@@ -38,7 +38,7 @@ def test_every_part_is_explained(title):
 
 def test_every_column_of_the_table_is_explained():
     final = FinalScores(0.5, 2.0, 3.0, 4, 0, 0, 0, 0.1, 0.1)
-    row = Row("pgcd", np.array([[0.9, np.nan], [0.8, 0.7]]), final=final)
+    row = Row("pgcd", np.array([[[0.9, np.nan], [0.8, 0.7]]]), final=final)
     lines = score_table([row], ["liver", "spleen"], [1, 2]).splitlines()
     columns = {name for line in lines if line.startswith("method") for name in re.split(r"\s{2,}", line)}
     assert len(columns) > 15

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -105,3 +106,12 @@ def test_nnunet_gets_no_more_workers_than_there_are_cores(train, monkeypatch):
     monkeypatch.setenv("nnUNet_def_n_proc", "5")
     train("echo $nnUNet_def_n_proc > workers")
     assert Path("workers").read_text() == "5\n", "what the user says counts"
+
+
+def test_only_pgcd_and_trainers_made_of_it_are_ablated(tmp_path):
+    schedule = load_schedule(write_schedule(tmp_path / "s.yaml", write_tiny_dataset(tmp_path / "source", n_cases=2)))
+    assert driver.ablated_methods(schedule)[:2] == ["pgcd", "pgcd-no_spatial"]
+    own = replace(schedule, trainer="nnUNetTrainerMine")
+    assert driver.ablated_methods(own)[:2] == ["mine", "mine-no_spatial"]
+    with pytest.raises(ValueError, match="got nnUNetTrainerFinetune, expected nnUNetTrainerPGCD or one made of it"):
+        driver.ablated_methods(replace(schedule, trainer="nnUNetTrainerFinetune"))

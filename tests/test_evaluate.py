@@ -17,6 +17,7 @@ from nnunet_cil.evaluate import (
     evaluation_file,
     learned_at,
     score_matrix,
+    scored_as,
     subject_scores,
     write_matrices,
 )
@@ -38,16 +39,18 @@ def chain(nnunet_folders, tmp_path) -> Chain:
 MISSED = {"dice": 0.0, "hd95_mm": None, "nsd": 0.0}
 
 
-def score(chain: Chain, method: str, seed: int, step, given: dict, absent=None, parameters: int = 100) -> None:
+def score(
+    chain: Chain, method: str, seed: int, step, given: dict, absent=None, parameters: int = 100, fold="all"
+) -> None:
     """Store scores of a model; a number is a Dice, with an NSD 0.1 below it and a HD95 of ten times what it lacks."""
     scores = {case: {name: _three(value) for name, value in classes.items()} for case, classes in given.items()}
     content = {
-        "nsd_tolerance_mm": chain.schedule.nsd_tolerance_mm,
+        **scored_as(chain),
         "parameters": parameters,
         "scores": scores,
         "absent": {case: {} for case in scores} | (absent or {}),
     }
-    write_json(evaluation_file(chain, chain.variant(method, seed), step, "all"), content)
+    write_json(evaluation_file(chain, chain.variant(method, seed), step, fold), content)
 
 
 def _three(value) -> dict:
@@ -84,7 +87,7 @@ def test_a_seed_that_has_not_come_as_far_is_not_mixed_into_the_row(chain):
     score(chain, "pgcd", 0, 2, {"a": {"ball": 0.8, "blob": 0.5}})
     content, rows = collect_scores(chain, variants)
     assert [row.seeds for row in rows] == [1]
-    np.testing.assert_allclose(rows[0].R, [[0.9, NAN], [0.8, 0.5]])
+    np.testing.assert_allclose(rows[0].dice, [[0.9, NAN], [0.8, 0.5]])
     assert len(content["runs"]) == 3, "in scores.json all are there"
 
 
@@ -100,6 +103,34 @@ def test_scores_of_an_earlier_version_or_another_tolerance_count_as_not_evaluate
     chain.schedule = replace(chain.schedule, nsd_tolerance_mm=1.0)
     assert np.isnan(score_matrix(chain, variant, "all")).all()
     assert collect_scores(chain, [variant])[1] == []
+
+
+def test_scores_on_another_test_set_count_as_not_evaluated(chain):
+    variant = chain.variant("pgcd", 0)
+    write_test_json(chain, {"a": 0})
+    score(chain, "pgcd", 0, 1, {"a": {"ball": 0.8}})
+    assert score_matrix(chain, variant, "all")[0, 0] == 0.8
+    write_test_json(chain, {"a": 0, "b": 0})
+    assert np.isnan(score_matrix(chain, variant, "all")).all()
+    assert collect_scores(chain, [variant])[1] == []
+
+
+def test_a_seed_is_the_mean_of_its_folds(chain):
+    """Three folds of two seeds: the deviation is over two seeds, not over six trainings."""
+    chain.schedule = replace(chain.schedule, folds=(0, 1, 2))
+    for seed, values in ((0, (0.7, 0.8, 0.9)), (1, (0.3, 0.4, 0.5))):
+        for fold, value in enumerate(values):
+            score(chain, "pgcd", seed, 1, {"a": {"ball": value}}, fold=fold)
+            score(chain, "pgcd", seed, 2, {"a": {"ball": value, "blob": value}}, fold=fold)
+    score(chain, "joint", 0, JOINT, {"a": {"ball": 0.9, "blob": 0.9}}, fold=0)
+    variants = [chain.variant(method, seed) for seed in (0, 1) for method in ("pgcd", "joint")]
+    row = collect_scores(chain, variants)[1][0]
+    assert row.seeds == 2
+    np.testing.assert_allclose(row.by_seed[:, 1], [[0.8, 0.8], [0.4, 0.4]])
+    np.testing.assert_allclose(row.dice_std[1], [0.4 / 2**0.5] * 2)
+    assert row.final.n_scores == 12
+    assert row.final.gap_to_joint == pytest.approx(0.2), "fold 0 of seed 0 has a joint model"
+    assert row.final.gap_seeds == 1
 
 
 def test_methods_share_the_scores_of_step_1(chain):
@@ -124,8 +155,8 @@ def test_rows_are_means_and_deviations_over_seeds(chain):
         score(chain, "pgcd", seed, 1, {"a": {"ball": value}})
         score(chain, "pgcd", seed, 2, {"a": {"ball": value - 0.1, "blob": 0.5}})
     content, rows = collect_scores(chain, [chain.variant("pgcd", seed) for seed in (0, 1)])
-    np.testing.assert_allclose(rows[0].R, [[0.8, NAN], [0.7, 0.5]])
-    np.testing.assert_allclose(rows[0].R_std[:, 0], [0.1 * 2**0.5] * 2)
+    np.testing.assert_allclose(rows[0].dice, [[0.8, NAN], [0.7, 0.5]])
+    np.testing.assert_allclose(rows[0].dice_std[:, 0], [0.1 * 2**0.5] * 2)
     assert rows[0].seeds == 2
     assert [run["seed"] for run in content["runs"]] == [0, 1]
     assert content["runs"][0]["summary"]["backward_transfer"] == pytest.approx(-0.1)
@@ -232,6 +263,7 @@ def test_each_of_several_test_sets_has_its_matrix(chain, tmp_path):
     score(chain, "pgcd", 0, 2, {case: {"ball": value, "blob": value} for case, value in values.items()})
     found = collect_scores(chain, [chain.variant("pgcd", 0)])[0]["runs"][0]["by_test_set"]
     assert [entry["set"] for entry in found] == [0, 1, 2, 3]
+    assert [entry["name"] for entry in found] == [source.name, "elsewhere", "elsewhere", source.name]
     assert [entry["n_subjects"] for entry in found] == [1, 2, 1, 1]
     assert [entry["never_trained_on"] for entry in found] == [False, True, None, False]
     assert found[1]["dice"] == [[pytest.approx(0.9), None], [pytest.approx(0.4)] * 2]

@@ -164,14 +164,17 @@ def test_export_on_the_command_line(chain, tmp_path, capsys):
 
 
 def test_scores_are_on_the_card(chain, tmp_path):
-    from nnunet_cil.evaluate import evaluation_file
+    from nnunet_cil.evaluate import evaluation_file, scored_as
 
     variant = chain.variant("pgcd", 0)
     path = evaluation_file(chain, variant, 1, "all")
     scores = {"x": {"ball": {"dice": 0.5, "nsd": 0.1, "hd95_mm": 3.0}}, "y": {"ball": {"dice": 0.7, "nsd": 0.1}}}
-    write_json(path, {"scores": scores, "nsd_tolerance_mm": chain.schedule.nsd_tolerance_mm})
+    write_json(path, {"scores": scores, **scored_as(chain)})
     card = read_card(export_model(chain, variant, 1, ["all"], tmp_path / "scored", None))
     assert card["scores"] == {"fold_all": {"mean_dice": {"ball": 0.6}, "test_subjects": 2}}
     assert "mean Dice in % on 2 test subjects: ball 60.0" in card_text(card)
     assert json.dumps(card).count("licence") == 1
     assert "licence: not stated" in card_text(card)
+    assert "replay (not privacy-safe), after step 1" in card_text({**card, "method": "replay"})
+    write_json(path, {"scores": scores, **scored_as(chain), "test_sha256": "0" * 64})
+    assert read_card(export_model(chain, variant, 1, ["all"], tmp_path / "other", None))["scores"] == {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,17 @@ from nnunet_cil.schedule import load_schedule
 from tests.test_examples import EXAMPLES, public_sets  # noqa: F401  (a fixture)
 
 RESULTS = sorted(path.parent for path in EXAMPLES[0].parent.glob("results/*/chain.json"))
+
+
+def test_lwf_and_mib_forget_less_than_finetune_on_the_hippocampus():
+    """As their papers say, in the scores of real trainings; before and after the step, anterior part."""
+    folder = EXAMPLES[0].parent / "results" / "hippocampus_methods" / "matrices"
+    forgotten = {}
+    for method in ("finetune", "lwf", "mib"):
+        rows = list(csv.DictReader((folder / f"{method}_seed0_foldall_dice.csv").open(encoding="utf-8")))
+        forgotten[method] = float(rows[0]["anterior"]) - float(rows[1]["anterior"])
+    assert forgotten["finetune"] > 0.5
+    assert max(forgotten["lwf"], forgotten["mib"]) < 0.1
 
 
 @pytest.mark.data

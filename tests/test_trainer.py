@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import zipfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -107,6 +108,8 @@ def test_step_1_is_stock_nnunet_with_prototypes(trained):
     assert json.loads((folder / "validation" / "summary.json").read_text(encoding="utf-8"))["metric_per_case"] == []
     cost = json.loads((folder / "cost.json").read_text(encoding="utf-8"))
     assert cost["seconds_per_iteration"] > 0
+    assert cost["seconds_preparing"] > 0
+    assert cost["seconds_prototypes"] > 0
     assert cost["peak_memory_bytes"] > 1e8
 
 
@@ -122,6 +125,13 @@ def test_step_1_train_step_is_nnunets_own(trained):
     assert trainer.train_step(batch) == expected
     for ours, theirs in zip(trainer.network.parameters(), reference.network.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_the_teacher_is_the_final_model_not_the_best(started, trained):
+    assert started.block.teacher_checkpoint == "checkpoint_final.pth"
+    final = torch.load(fold_of(trained, 1) / "checkpoint_final.pth", weights_only=False)["network_weights"]
+    of_teacher = started.teacher.network.state_dict()
+    assert all(torch.equal(value, of_teacher[name]) for name, value in final.items())
 
 
 def test_a_student_with_background_rows_folds_to_its_teacher(started):
@@ -232,6 +242,14 @@ def test_whole_step_2_and_finetune(trained):
     assert "teacher" in log
     store = PrototypeStore.load(folder / "prototypes.npz")
     assert store.class_names == ("background", "ball", "blob")
+    with zipfile.ZipFile(folder / "checkpoint_final.pth") as parts:
+        pickled = b"".join(parts.read(name) for name in parts.namelist() if name.endswith(".pkl"))
+    assert b"checkpoint_final.pth" in pickled, "the teacher's"
+    root = str(trained.folder.parents[1])
+    assert root.encode() not in pickled, "a model that is given away names no folder of its maker"
+    assert root.encode() not in b"".join(
+        np.load(folder / "prototypes.npz")[key].tobytes() for key in np.load(folder / "prototypes.npz")
+    )
     other = torch.load(fold_of(trained, 2, "finetune") / "checkpoint_final.pth", weights_only=False)
     assert "loss_pgcd_spatial" not in other["logging"]
     assert other["trainer_name"] == "nnUNetTrainerFinetune"

@@ -16,7 +16,15 @@ from numpy.typing import NDArray
 
 from nnunet_cil import nnunet_api
 from nnunet_cil.chain import JOINT, Chain, Variant
-from nnunet_cil.evaluate import ENSEMBLE, check_scores, check_test, collect_scores, evaluation_file, learned_at
+from nnunet_cil.evaluate import (
+    ENSEMBLE,
+    check_scores,
+    check_test,
+    collect_scores,
+    evaluation_file,
+    learned_at,
+    scored_as,
+)
 from nnunet_cil.guard import GUARD_FILE, Check, checks_of, place_of
 from nnunet_cil.prototypes import PrototypeStore
 from nnunet_cil.report.table import Row
@@ -75,6 +83,25 @@ class Run:
 
 
 @dataclass(frozen=True, eq=False)
+class TestSetScores:
+    """One of several test sets.
+
+    Attributes:
+        name: of its dataset or folder.
+        n_subjects: its size.
+        never_trained_on: whether no step draws from its dataset; None where that is not known.
+        dice: method -> mean Dice over all classes after the last step, in [0, 1], the mean over its trainings.
+    """
+
+    __test__ = False  # no case of pytest
+
+    name: str
+    n_subjects: int
+    never_trained_on: bool | None
+    dice: Mapping[str, float]
+
+
+@dataclass(frozen=True, eq=False)
 class Collected:
     """All that a report shows.
 
@@ -92,6 +119,7 @@ class Collected:
         schedule_sha256: of that file.
         test_sha256: of the test set that the models were scored on; "" without scores.
         nsd_tolerance_mm: of the surface overlap.
+        by_test_set: the test sets, if there are several.
         paired: differences to a reference, as ``evaluate.collect_scores`` gives them.
         own_settings: method -> its coefficients that differ from the schedule's.
         channels: channel names of the images, by their number.
@@ -114,6 +142,7 @@ class Collected:
     schedule_sha256: str
     test_sha256: str
     nsd_tolerance_mm: float
+    by_test_set: tuple[TestSetScores, ...]
     paired: Mapping[str, Any]
     own_settings: Mapping[str, Mapping[str, Any]]
     channels: Mapping[str, str]
@@ -221,12 +250,33 @@ def collect(chain: Chain, variants: Sequence[Variant]) -> Collected:
         schedule_sha256=hashlib.sha256(chain.schedule.file.read_bytes()).hexdigest(),
         test_sha256=next((model.test_sha256 for model in scored), ""),
         nsd_tolerance_mm=chain.schedule.nsd_tolerance_mm,
+        by_test_set=_by_test_set(content["runs"]),
         paired=content.get("paired", {}),
         own_settings={variant.method: _own_settings(chain, variant) for variant in variants},
         channels=_channels(chain, runs, problems),
         guard=chain.schedule.guard,
         checks=_checks(chain, runs, problems),
         problems=tuple(problems),
+    )
+
+
+def _by_test_set(runs: Sequence[Mapping[str, Any]]) -> tuple[TestSetScores, ...]:
+    """From the runs of ``collect_scores``; the ensemble has no line."""
+    sets: dict[int, Mapping[str, Any]] = {}
+    dice: dict[int, dict[str, list[float]]] = {}
+    for run in (run for run in runs if run["fold"] != ENSEMBLE):
+        for one in run["by_test_set"]:
+            sets[one["set"]] = one
+            if one["mean"]["dice"] is not None:
+                dice.setdefault(one["set"], {}).setdefault(run["method"], []).append(one["mean"]["dice"])
+    return tuple(
+        TestSetScores(
+            one["name"],
+            one["n_subjects"],
+            one["never_trained_on"],
+            {method: float(np.mean(values)) for method, values in dice.get(number, {}).items()},
+        )
+        for number, one in sorted(sets.items())
     )
 
 
@@ -259,8 +309,8 @@ def _model(chain: Chain, owner: Variant, step: int | str, fold: int | str, probl
     folder = chain.model_folder(owner, step) / f"fold_{fold}"
     path = evaluation_file(chain, owner, step, fold)
     evaluation = _read_json(path, f"the scores of {title}", problems, check_scores)
-    if evaluation.get("nsd_tolerance_mm") != chain.schedule.nsd_tolerance_mm:
-        evaluation = {}  # as in evaluate.score_matrix: scored at another tolerance, so to be scored again
+    if not evaluation.items() >= scored_as(chain).items():
+        evaluation = {}  # as in evaluate.score_matrix: of another test set or tolerance, so to be scored again
     hashes = [str(evaluation.get(key, "")) for key in ("checkpoint_sha256", "test_sha256")]
     predictions = path.parent / "_".join(part[:16] for part in hashes)
     debug = _read_json(folder / "debug.json", f"the settings of {title}", problems)

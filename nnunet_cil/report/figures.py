@@ -115,7 +115,7 @@ def plot_mean_dice(rows: Sequence[Row], learned_at: Sequence[int], path_png: Pat
         ValueError: ``path_png`` does not end in ``.png``, no row has a score, or ``learned_at`` does not fit.
     """
     means = {
-        row.method: 100 * np.array([metrics.mean(row.R, learned_at, t) for t in range(1, len(row.R) + 1)])
+        row.method: 100 * np.array([metrics.mean(row.dice, learned_at, t) for t in range(1, len(row.dice) + 1)])
         for row in rows
     }
     means = {method: values for method, values in means.items() if not np.isnan(values).all()}
@@ -171,7 +171,7 @@ def plot_score_matrix(rows: Sequence[Row], classes: Sequence[str], learned_at: S
         path_png: as for `plot_mean_dice`.
     """
     columns = _per_line(len(rows), 0.9 + _CELL_INCHES * len(classes))
-    steps = [np.flatnonzero(~np.isnan(row.R).all(1)) for row in rows]
+    steps = [np.flatnonzero(~np.isnan(row.dice).all(1)) for row in rows]
     lines = math.ceil(len(rows) / columns)
     in_line = [max(map(len, steps[line * columns : (line + 1) * columns])) for line in range(lines)]
     width = WIDTH_INCHES / columns - 0.8
@@ -180,7 +180,7 @@ def plot_score_matrix(rows: Sequence[Row], classes: Sequence[str], learned_at: S
         grid = figure.subplots(lines, columns, squeeze=False, height_ratios=in_line)
         scale = Normalize(0, 100)
         for axes, row, scored in zip(grid.flat, rows, steps, strict=False):
-            values = 100 * row.R[scored]
+            values = 100 * row.dice[scored]
             image = axes.pcolormesh(values, cmap="viridis", norm=scale, edgecolors="white", linewidth=1.5)
             for (r, c), value in np.ndenumerate(values):
                 if not np.isnan(value):
@@ -221,7 +221,7 @@ def plot_forgetting(
     Raises:
         ValueError: no row has a forgetting.
     """
-    lost = {row.method: 100 * metrics.forgetting_per_class(row.R, learned_at) for row in rows}
+    lost = {row.method: 100 * metrics.forgetting_per_class(row.dice, learned_at) for row in rows}
     lost = {method: values for method, values in lost.items() if not np.isnan(values).all()}
     if not lost:
         raise ValueError("rows: got no forgetting, expected a method with scores after two steps.")

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from nnunet_cil import metrics
 from nnunet_cil.chain import JOINT
+from nnunet_cil.evaluate import HIGHER_IS_BETTER
 from nnunet_cil.report.collect import Collected, Model, last_scores
 from nnunet_cil.report.figures import (
     forgetting_is_matrix,
@@ -27,7 +28,7 @@ from nnunet_cil.report.figures import (
 from nnunet_cil.report.parts import FigureFile
 from nnunet_cil.report.prototype_change import drift, similarity
 from nnunet_cil.report.qualitative import plot_panel, read_slice, typical_and_worst
-from nnunet_cil.report.table import Row
+from nnunet_cil.report.table import Row, marked
 from nnunet_cil.report.words import listed
 
 PREFERRED_REFERENCE = "pgcd"
@@ -69,6 +70,10 @@ def _runs(found: Collected, method: str) -> list:
     return [run for run in found.runs if run.method == method]
 
 
+def _named(methods: Sequence[str]) -> str:
+    return listed([marked(method) for method in methods])
+
+
 def _percent(value: float) -> str:
     return "no score" if math.isnan(value) else f"{100 * value:.1f}"
 
@@ -77,7 +82,7 @@ def _scores(found: Collected, folder: Path) -> Shelf:
     shelf = Shelf()
     rows = list(found.rows)
     if unscored := [method for method in found.methods if method not in {row.method for row in rows}]:
-        shelf.missing.append(f"No model of {listed(unscored)} is scored yet.")
+        shelf.missing.append(f"No model of {_named(unscored)} is scored yet.")
     if not rows:
         return shelf
     path = folder / "mean_dice.png"
@@ -104,7 +109,7 @@ def _scores(found: Collected, folder: Path) -> Shelf:
             + " ".join(_last_row(row, found.classes) for row in rows),
         )
     )
-    lost = {row.method: 100 * metrics.forgetting_per_class(row.R, found.learned_at) for row in rows}
+    lost = {row.method: 100 * metrics.forgetting_per_class(row.dice, found.learned_at) for row in rows}
     lost = {method: values for method, values in lost.items() if not np.isnan(values).all()}
     if not lost:
         shelf.missing.append(
@@ -126,21 +131,21 @@ def _scores(found: Collected, folder: Path) -> Shelf:
             f"Look for {look}: so many points has the organ fallen from its best score before the last step; near 0, "
             f"nothing was forgotten{dots}.",
             "Chart of forgetting in points of 100 Dice. "
-            + " ".join(f"{method}: {_per_organ(found.classes, values)}." for method, values in lost.items()),
+            + " ".join(f"{marked(method)}: {_per_organ(found.classes, values)}." for method, values in lost.items()),
         )
     )
     return shelf
 
 
 def _by_step(row: Row, learned_at: Sequence[int]) -> str:
-    means = [metrics.mean(row.R, learned_at, t) for t in range(1, len(row.R) + 1)]
-    return f"{row.method}: " + ", ".join(f"step {t} {_percent(m)}" for t, m in enumerate(means, 1)) + "."
+    means = [metrics.mean(row.dice, learned_at, t) for t in range(1, len(row.dice) + 1)]
+    return f"{marked(row.method)}: " + ", ".join(f"step {t} {_percent(m)}" for t, m in enumerate(means, 1)) + "."
 
 
 def _last_row(row: Row, classes: Sequence[str]) -> str:
-    scored = np.flatnonzero(~np.isnan(row.R).all(1))
+    scored = np.flatnonzero(~np.isnan(row.dice).all(1))
     t = int(scored[-1])
-    return f"{row.method} after step {t + 1}: {_per_organ(classes, 100 * row.R[t])}."
+    return f"{marked(row.method)} after step {t + 1}: {_per_organ(classes, 100 * row.dice[t])}."
 
 
 def _per_organ(classes: Sequence[str], values: NDArray[np.floating]) -> str:
@@ -158,25 +163,24 @@ def _subjects(found: Collected, folder: Path) -> Shelf:
             shelf.missing.append(f"No subject has a {label.split()[0]} after the last step.")
             continue
         if absent := [method for method in found.methods if method not in by_method]:
-            shelf.missing.append(f"{listed(absent)}: the last step is not scored, so there is no box in these plots.")
+            shelf.missing.append(f"{_named(absent)}: the last step is not scored, so there is no box in these plots.")
         n = max(len(values) for values in by_method.values())
-        low = "HD95" not in label
+        higher_is_better = score in HIGHER_IS_BETTER
         path = folder / f"subjects_{score}.png"
         plot_subjects(by_method, found.classes, label, path, found.methods)
         shelf.figures.append(
             FigureFile(
                 path,
                 f"{label.split()[0]} of each test subject after the last step",
-                f"Look at boxes that reach far {'down' if low else 'up'} and at single points outside: these are "
-                f"subjects on whom an organ was missed, even where the average looks good"
-                + (
-                    "."
-                    if low
-                    else "; a subject on whom the organ was not found at all has no distance, so read it beside Dice."
-                ),
+                "Look at boxes that reach far down and at single points outside: these are subjects on whom an organ "
+                "was missed, even where the average looks good."
+                if higher_is_better
+                else "Look at boxes that reach far up and at single points outside: there the outlines are far apart "
+                "somewhere. A subject on whom the organ was not found at all has no distance, so read it beside Dice.",
                 f"Box plots of {label} over {n} test subjects. "
                 + " ".join(
-                    f"{method}, medians: {_per_organ(found.classes, _medians(v))}." for method, v in by_method.items()
+                    f"{marked(method)}, medians: {_per_organ(found.classes, _medians(v))}."
+                    for method, v in by_method.items()
                 ),
                 folded=score != "dice",
             )
@@ -199,7 +203,9 @@ def _pictures(found: Collected, folder: Path) -> Shelf:
     for method in found.methods:
         model = found.first_run(method).models[-1]
         if model.predictions is None:
-            shelf.missing.append(f"{method} is not in the pictures: its predictions of the last step are not there.")
+            shelf.missing.append(
+                f"{marked(method)} is not in the pictures: its predictions of the last step are not there."
+            )
         else:
             models[method] = model
     cases, scores = last_scores([found.first_run(reference)], found.classes, "dice")
@@ -212,7 +218,7 @@ def _pictures(found: Collected, folder: Path) -> Shelf:
         paths = {method: model.predictions / f"{case}{ending}" for method, model in models.items()}
         gone = [method for method, path in paths.items() if not path.is_file()]
         if gone:
-            shelf.missing.append(f"{listed(gone)}: no prediction of the {kind} subject {case} is there.")
+            shelf.missing.append(f"{_named(gone)}: no prediction of the {kind} subject {case} is there.")
         try:
             read = read_slice(
                 found.test_folder / "images" / f"{case}_0000{ending}",
@@ -227,7 +233,7 @@ def _pictures(found: Collected, folder: Path) -> Shelf:
         means = {method: _mean_dice(model, case) for method, model in models.items()}
         title = f"{kind.capitalize()} subject: {case}, slice {read.position[0]} of {read.position[1]}"
         slices[title], dice[title] = read, means
-        shown = ", ".join(f"{method} {_percent(value)}" for method, value in means.items())
+        shown = ", ".join(f"{marked(method)} {_percent(value)}" for method, value in means.items())
         about.append(f"{kind.capitalize()} subject {case}, mean Dice over its organs: {shown}.")
     if not slices:
         return shelf
@@ -239,8 +245,8 @@ def _pictures(found: Collected, folder: Path) -> Shelf:
             path,
             "Expert and methods side by side",
             "Compare each method's outlines with the expert's: a colour that is missing is an organ that was not "
-            "found, and the number is the subject's mean Dice.",
-            f"Axial slices of {kinds} by {reference}, with the organs outlined by the expert and by each method. "
+            f"found, and the number is the subject's mean Dice. Chosen by the scores of {marked(reference)}: {kinds}.",
+            f"Axial slices of {kinds} by {marked(reference)}, with organs outlined by the expert and by each method. "
             + " ".join(about),
         )
     )
@@ -268,17 +274,17 @@ def _training(found: Collected, folder: Path) -> Shelf:
         shelf.figures.append(
             FigureFile(
                 path,
-                f"Loss terms of {method}",
+                f"Loss terms of {marked(method)}",
                 "Look at whether the lines have levelled off by the last epoch, and at how large the added terms are "
                 "beside the segmentation loss.",
-                f"Training curves of {listed(names)} for {listed(list(terms))} of {method}, seed {run.seed}. "
+                f"Training curves of {listed(names)} for {listed(list(terms))} of {marked(method)}, seed {run.seed}. "
                 + " ".join(_first_and_last(title, term) for title, term in terms.items()),
                 folded=bool(shelf.figures),
             )
         )
     if without:
         shelf.missing.append(
-            f"No loss terms of {listed(without)}: they are logged by steps after the first, and no such log is there."
+            f"No loss terms of {_named(without)}: they are logged by steps after the first, and no such log is there."
         )
     return shelf
 
@@ -301,7 +307,7 @@ def _prototypes(found: Collected, folder: Path) -> Shelf:
         last = stores[-1]
         stale = [name for name, old in zip(last.class_names, last.stale, strict=True) if old]
         if stale:
-            unmeasured.append(f"{method} ({', '.join(stale)})")
+            unmeasured.append(f"{marked(method)} ({', '.join(stale)})")
         names = [f"{name} *" if old else name for name, old in zip(last.class_names, last.stale, strict=True)]
         similarities[method] = (names, similarity(last))
         if len(stores) == len(models) > 1:
@@ -309,9 +315,9 @@ def _prototypes(found: Collected, folder: Path) -> Shelf:
             if any((~np.isnan(distances)).sum() > 1 for distances in moved.values()):
                 drifts[method] = moved
         if any(_of_another_checkpoint(model) for model in models):
-            shelf.missing.append(f"{method}: prototypes and scores belong to different trainings of a step.")
+            shelf.missing.append(f"{marked(method)}: prototypes and scores belong to different trainings of a step.")
     if without:
-        shelf.missing.append(f"No prototypes of {listed(without)} are stored.")
+        shelf.missing.append(f"No prototypes of {_named(without)} are stored.")
     if unmeasured:
         shelf.missing.append(
             "*: no voxels of an organ were found in the training scans of the last step, so its prototype is that of "
@@ -324,7 +330,7 @@ def _prototypes(found: Collected, folder: Path) -> Shelf:
         shelf.figures.append(
             FigureFile(
                 path,
-                "How alike the organs look to the network" + ("" if together else f": {group[0]}"),
+                "How alike the organs look to the network" + ("" if together else f": {marked(group[0])}"),
                 "Look off the diagonal: a red pair is two organs whose features point the same way, and which the "
                 "network may confuse.",
                 "Cosine similarity between the prototypes of all classes after the last step. "
@@ -362,12 +368,12 @@ def _most_alike(method: str, names: Sequence[str], matrix: NDArray[np.floating])
         for b in range(a)
         if not np.isnan(matrix[a, b])
     ]
-    return f"{method}, most alike: {max(pairs)[1]} ({max(pairs)[0]:.2f})." if pairs else ""
+    return f"{marked(method)}, most alike: {max(pairs)[1]} ({max(pairs)[0]:.2f})." if pairs else ""
 
 
 def _moved(method: str, moved: Mapping[str, NDArray[np.floating]]) -> str:
     ends = {name: values[~np.isnan(values)] for name, values in moved.items()}
-    return f"{method}: " + ", ".join(f"{name} {v[-1]:.2f}" for name, v in ends.items() if v.size > 1) + "."
+    return f"{marked(method)}: " + ", ".join(f"{name} {v[-1]:.2f}" for name, v in ends.items() if v.size > 1) + "."
 
 
 def _file_name(text: str) -> str:

@@ -138,12 +138,14 @@ def _count(n: int, word: str) -> str:
 
 def _lead(found: Collected) -> str:
     n_test = len(found.test.get("cases", {}))
-    seeds = list(dict.fromkeys(str(run.seed) for run in found.runs))
+    seeds = {method: len({run.seed for run in found.runs if run.method == method}) for method in found.methods}
+    fewest, most = min(seeds.values(), default=0), max(seeds.values(), default=0)
+    each = _count(most, "seed") if fewest == most else f"{fewest} to {most} seeds"
     parts = [
         f"A network learned {_count(len(found.classes), 'organ')} in {_count(found.n_steps, 'step')}.",
         (f"{len(found.methods)} methods are compared" if len(found.methods) > 1 else "One method is tested")
         + (f" on {_count(n_test, 'test subject')}" if n_test else "")
-        + (f", with {_count(len(seeds), 'seed')} each" if seeds else "")
+        + (f", with {each} each" if most else "")
         + ".",
     ]
     scored = sum(model.scores is not None for model in found.models)
@@ -164,13 +166,13 @@ def _summary(found: Collected) -> str:
         return order + _checked_steps(found) + nothing
     rows = {row.method: row for row in found.rows}
     by_method = {
-        method: outcomes(row.R, found.classes, found.learned_at, found.guard)
+        method: outcomes(row.dice, found.classes, found.learned_at, found.guard)
         for method, row in rows.items()
         if not _is_joint(method)
     }
     joint = rows.get(JOINT)
     many = len(by_method) > _CARDS_WITH_ORGANS
-    cards = [_card(rows[method], what, joint, found, many) for method, what in by_method.items()]
+    cards = [_card(rows[method], what, found, many) for method, what in by_method.items()]
     cards += [_joint_card(joint, found, many)] if joint else []
     brief = _organ_table(by_method, joint, found) if many else ""
     words = "".join(
@@ -216,9 +218,9 @@ def _checked_steps(found: Collected) -> str:
 
 
 def _means_over(found: Collected) -> str:
-    n_test, n_runs = len(found.test.get("cases", {})), max(row.seeds for row in found.rows)
+    n_test, n_seeds = len(found.test.get("cases", {})), max(row.seeds for row in found.rows)
     subjects = _count(n_test, "test subject") if n_test else "the test subjects"
-    return subjects + (f" and up to {n_runs} runs" if n_runs > 1 else "")
+    return subjects + (f" and up to {n_seeds} seeds" if n_seeds > 1 else "")
 
 
 def _headline(by_method: Mapping[str, Sequence[Outcome]]) -> str:
@@ -236,10 +238,10 @@ def _numbers_of(o: Outcome) -> str:
     return _hundred(o.after) if math.isnan(o.before) else f"{_hundred(o.before)} → {_hundred(o.after)}"
 
 
-def _card(row: Row, what: Sequence[Outcome], joint: Row | None, found: Collected, brief: bool) -> str:
-    last = last_scored_step(row.R)
-    beside = against_joint(row.R, joint.R, found.learned_at) if joint else ""
-    so_far = "" if last == len(row.R) else f" after step {last} of {len(row.R)}"
+def _card(row: Row, what: Sequence[Outcome], found: Collected, brief: bool) -> str:
+    last = last_scored_step(row.dice)
+    beside = against_joint(row.final.gap_to_joint) if row.final else ""
+    so_far = "" if last == len(row.dice) else f" after step {last} of {len(row.dice)}"
     statuses = [o.status for o in what]
     counts = "".join(f"{chip(s, statuses.count(s))} " for s in status_words() if s in statuses)
     lines = [[organ(o.organ, found.classes), chip(o.status), _numbers_of(o)] for o in what]
@@ -249,9 +251,9 @@ def _card(row: Row, what: Sequence[Outcome], joint: Row | None, found: Collected
 
 
 def _joint_card(row: Row, found: Collected, brief: bool) -> str:
-    values = zip(found.classes, row.R[-1].tolist(), strict=True)
+    values = zip(found.classes, row.dice[-1].tolist(), strict=True)
     lines = [[organ(name, found.classes), "", _hundred(value)] for name, value in values]
-    return _article(row, len(row.R), "", "" if brief else _organ_list(lines), found)
+    return _article(row, len(row.dice), "", "" if brief else _organ_list(lines), found)
 
 
 def _organ_list(lines: Sequence[Sequence[str]]) -> str:
@@ -265,7 +267,7 @@ def _organ_list(lines: Sequence[Sequence[str]]) -> str:
 
 
 def _article(row: Row, step: int, beside: str, content: str, found: Collected) -> str:
-    mean = _hundred(metrics.mean(row.R, found.learned_at, step))
+    mean = _hundred(metrics.mean(row.dice, found.learned_at, step))
     head = (
         element("h3", method_name(row.method, found.methods))
         + paragraph(_words_on(row.method, found), "quiet")
@@ -281,7 +283,7 @@ def _organ_table(by_method: Mapping[str, Sequence[Outcome]], joint: Row | None, 
     lines = []
     for c, name in enumerate(found.classes):
         cells = [f"{chip(what[c].status)}<br><small>{_numbers_of(what[c])}</small>" for what in by_method.values()]
-        lines.append([organ(name, found.classes), *cells, *([_hundred(joint.R[-1, c])] if joint else [])])
+        lines.append([organ(name, found.classes), *cells, *([_hundred(joint.dice[-1, c])] if joint else [])])
     header += [method_name(JOINT, found.methods)] if joint else []
     return table("What became of each organ", header, lines)
 
@@ -308,34 +310,41 @@ def _numbers(found: Collected) -> str:
         return missing(["Nothing is scored yet."])
     by_step = []
     for row in found.rows:
-        scored = np.flatnonzero(~np.isnan(row.R).all(1))
+        scored = np.flatnonzero(~np.isnan(row.dice).all(1))
         lines = [
             [f"{t + 1}", *(_cell(row, t, c, found) for c in range(len(found.classes))), _mean_cell(row, t, found)]
             for t in scored.tolist()
         ]
         header = ["step", *(organ(name, found.classes) for name in found.classes), "all organs"]
-        by_step.append(table(f"{row.method}: Dice (%) by step", header, lines))
-    tables = [_last_table(found), _paired_table(found), _surface_table(found)]
+        by_step.append(table(f"{marked(row.method)}: Dice (%) by step", header, lines))
+    tables = [
+        _last_table(found),
+        _test_set_table(found),
+        _beside_table(found),
+        _paired_table(found),
+        _surface_table(found),
+    ]
     return "".join([*tables, details("Dice after every step", "".join(by_step))])
 
 
 def _mean_cell(row: Row, t: int, found: Collected) -> str:
-    return _hundred(metrics.mean(row.R, found.learned_at, t + 1))
+    return _hundred(metrics.mean(row.dice, found.learned_at, t + 1))
 
 
 def _cell(row: Row, t: int, c: int, found: Collected) -> str:
     if found.learned_at[c] > t + 1:
         return ""
-    return _hundred(row.R[t, c], math.nan if row.R_std is None else row.R_std[t, c])
+    return _hundred(row.dice[t, c], row.dice_std[t, c])
 
 
 def _last_table(found: Collected) -> str:
     """Dice of each organ after the last step, and the scores of the chain; the best method of each column is bold."""
     compared = [i for i, row in enumerate(found.rows) if not _is_joint(row.method)]
-    summaries = [metrics.summary(row.R, found.learned_at) for row in found.rows]
-    organs = np.array([[*row.R[-1], summary["mean"]] for row, summary in zip(found.rows, summaries, strict=True)])
-    spreads = [math.nan if row.R_std is None else row.R_std[-1] for row in found.rows]
-    header = ["method", "runs", *(f"{organ(name, found.classes)}<br><small>%</small>" for name in found.classes)]
+    summaries = [row.summary(found.learned_at) for row in found.rows]
+    pairs = list(zip(found.rows, summaries, strict=True))
+    organs = np.array([[*row.dice[-1], means["mean"]] for row, (means, _) in pairs])
+    spreads = np.array([[*row.dice_std[-1], stds["mean"]] for row, (_, stds) in pairs])
+    header = ["method", "seeds", *(f"{organ(name, found.classes)}<br><small>%</small>" for name in found.classes)]
     header.append("all organs<br><small>%</small>")
     lines = [
         [method_name(row.method, found.methods), str(row.seeds), *cells]
@@ -344,31 +353,28 @@ def _last_table(found: Collected) -> str:
         )
     ]
     note = "Bold: best of the methods that learn step by step. " if len(compared) > 1 else ""
-    if any(row.R_std is not None for row in found.rows):
-        note += "±: standard deviation over runs. "
+    if any(row.seeds > 1 for row in found.rows):
+        note += "±: standard deviation over seeds. "
     parts = [table("Dice of each organ after the last step", header, lines)]
-    chain = np.array([[summary[key] for key in _SUMMARY] for summary in summaries])
+    chain, chain_spreads = (np.array([[pair[i][key] for key in _SUMMARY] for pair in summaries]) for i in (0, 1))
     better = np.array([up for _, _, up in _SUMMARY.values()])
     header = ["method", *(f"{escape(name)}<br><small>{unit}</small>" for name, unit, _ in _SUMMARY.values())]
     lines = [
         [method_name(row.method, found.methods), *cells]
-        for row, cells in zip(found.rows, _cells(chain, better, compared), strict=True)
+        for row, cells in zip(found.rows, _cells(chain, better, compared, chain_spreads), strict=True)
     ]
     parts.append(table("Keeping the old and learning the new", header, lines))
     return "".join(parts) + paragraph(note + "n/a: does not exist.", "quiet")
 
 
-def _cells(
-    values: np.ndarray, better: np.ndarray, compared: Sequence[int], spreads: Sequence[np.ndarray | float] = ()
-) -> list[list[str]]:
+def _cells(values: np.ndarray, better: np.ndarray, compared: Sequence[int], spreads: np.ndarray) -> list[list[str]]:
     """A table's numbers as text; the best of the compared lines in each column is bold, if there are several."""
     best = _best(values[list(compared)], better) if len(compared) > 1 else np.full(values.shape[1], np.nan)
     lines = []
     for i, line in enumerate(values):
         cells = []
         for j, value in enumerate(line.tolist()):
-            spread = spreads[i][j] if len(spreads) and np.ndim(spreads[i]) and j < len(spreads[i]) else math.nan
-            text = _hundred(value, spread)
+            text = _hundred(value, spreads[i, j])
             is_best = i in compared and round(value, 3) == round(best[j], 3)
             cells.append(element("strong", text) if is_best else text)
         lines.append(cells)
@@ -380,6 +386,45 @@ def _best(values: np.ndarray, better: np.ndarray) -> np.ndarray:
     upright = np.where(better, values, -values)
     top = np.where(np.isnan(upright), -np.inf, upright).max(0)
     return np.where(np.isinf(top), np.nan, np.where(better, top, -top))
+
+
+def _test_set_table(found: Collected) -> str:
+    """Mean Dice by test set; "" for a single one."""
+    if not found.by_test_set:
+        return ""
+    known = {True: "never trained on", False: "trained on other subjects of it", None: "origin unknown"}
+    header = ["method"]
+    for one in found.by_test_set:
+        subjects = _count(one.n_subjects, "subject")
+        header.append(f"{escape(one.name)}<br><small>%, {subjects}, {known[one.never_trained_on]}</small>")
+    lines = [
+        [
+            method_name(row.method, found.methods),
+            *(_hundred(one.dice.get(row.method, math.nan)) for one in found.by_test_set),
+        ]
+        for row in found.rows
+    ]
+    return table("Dice of all organs after the last step, by test set", header, lines)
+
+
+def _beside_table(found: Collected) -> str:
+    """How often an organ was missed or invented, and what joint training has more."""
+    header = ["method", "missed", "invented", "absent in both", "of", "gap to joint", "gap when just learned"]
+    header[5:] = [f"{name}<br><small>points</small>" for name in header[5:]]
+    lines = []
+    for row in found.rows:
+        if (final := row.final) is not None:
+            few = f" <small>({final.gap_seeds} of {row.seeds} seeds)</small>" if 0 < final.gap_seeds < row.seeds else ""
+            gaps = [_hundred(gap, sign="+") for gap in (final.gap_to_joint, final.plasticity_gap)]
+            counts = [str(n) for n in (final.missed, final.invented, final.both_empty, final.n_scores)]
+            name = method_name(row.method, found.methods)
+            lines.append([name, *counts, *(gap if gap == "n/a" else gap + few for gap in gaps)])
+    note = (
+        "Counted are subjects times organs times trainings. Missed: the expert has the organ, the model nothing; "
+        "invented: the other way round; both have Dice 0 and no HD95. Gap: what joint training has more, after the "
+        f"last step and when an organ was just learned. Forward transfer is n/a, as {metrics.NO_FORWARD_TRANSFER}."
+    )
+    return table("Organs missed or invented, and joint training", header, lines) + paragraph(note, "quiet")
 
 
 def _paired_table(found: Collected) -> str:
@@ -397,7 +442,7 @@ def _paired_table(found: Collected) -> str:
             seeds = ", ".join(_hundred(value, sign="+") for value in entry.get("by_seed", ()))
             lines.append([name, _hundred(mean, sign="+"), interval, p_text, str(entry["n_subjects"]), seeds])
             if entry["note"]:
-                notes.append(f"{method}, {words.get(group, group)}: {entry['note']}.")
+                notes.append(f"{marked(method)}, {words.get(group, group)}: {entry['note']}.")
     if not lines:
         return ""
     note = (
@@ -494,7 +539,8 @@ def _model_line(model: Model, methods: Sequence[str]) -> list[str]:
     which = f"seed {model.seed}, fold {model.fold}"
     name = "all organs" if model.step == JOINT else f"step {model.step}"
     state = "scored" if model.scores is not None else "trained" if model.trained else "not trained yet"
-    seconds, each = model.cost.get("seconds_training"), model.cost.get("seconds_per_iteration")
+    spent = [model.cost.get(f"seconds_{part}") for part in ("training", "preparing", "prototypes")]
+    seconds, each = sum(s or 0 for s in spent) or None, model.cost.get("seconds_per_iteration")
     memory, gpu_memory = (model.cost.get(key) for key in ("peak_memory_bytes", "peak_gpu_memory_bytes"))
     return [
         f"{method_name(model.method, methods)}, {name} <small>{escape(which)}</small>",

@@ -142,7 +142,7 @@ def paired_table(
             seeds = [" ".join(_points(value) for value in found.by_seed)] if several else []
             lines.append([marked(method), group, *numbers, *seeds])
             if found.note:
-                notes.append(f"{method}, {group}: {found.note}.")
+                notes.append(f"{marked(method)}, {group}: {found.note}.")
     if len(lines) == 1:
         return ""
     lines[0] += ["by seed"] if several else []

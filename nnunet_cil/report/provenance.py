@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-PACKAGES = ("nnunet-cil", "nnunetv2", "torch", "numpy", "scipy", "SimpleITK", "batchgenerators", "matplotlib")
+PACKAGES = ("nnunet-cil", "nnunetv2", "torch", "numpy", "scipy", "SimpleITK", "monai", "batchgenerators", "matplotlib")
 _CPU_INFO = Path("/proc/cpuinfo")
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +35,7 @@ class FinalScores:
         n_scores: scores behind the means, absent ones included: subjects x classes x seeds.
         missed, invented, both_empty: how many of them have no HD95 because the prediction, the reference or both are
             empty. The first two have Dice and NSD 0, the last has no score.
-        gap_to_joint, plasticity_gap: of Dice, see ``metrics``.
+        gap_to_joint, plasticity_gap: of Dice, see ``metrics``, over the ``gap_seeds`` that have a joint model, too.
     """
 
     nsd: float
@@ -45,6 +47,7 @@ class FinalScores:
     both_empty: int
     gap_to_joint: float
     plasticity_gap: float
+    gap_seeds: int = 1
 
 
 KEEPS_SCANS = "replay"  # and variants of it, whose names begin with this word
@@ -61,46 +64,72 @@ class Row:
 
     Attributes:
         method: name to show.
-        R: ``(T, K)`` Dice in [0, 1] after each step, the mean over seeds; NaN where there is none. A model trained on
-            all classes together has scores in its last row only.
-        seeds: number of seeds behind ``R``, at least 1.
-        R_std: ``(T, K)`` standard deviation over seeds, or None.
+        by_seed: ``(S, T, K)`` Dice in [0, 1] of each seed after each step, the mean over its folds; NaN where there is
+            none. A model trained on all classes together has scores in its last row only.
         final: what else was measured after the last step, or None.
 
     Raises:
-        ValueError: ``R`` is not a matrix of numbers in [0, 1], ``R_std`` has another shape, or ``seeds`` is below 1.
+        ValueError: ``by_seed`` is not such an array of numbers in [0, 1].
     """
 
     method: str
-    R: NDArray[np.floating]
-    seeds: int = 1
-    R_std: NDArray[np.floating] | None = None
+    by_seed: NDArray[np.floating]
     final: FinalScores | None = None
 
     def __post_init__(self) -> None:
-        if self.R.ndim != 2 or not self.R.size:
-            raise ValueError(f"R of {self.method}: got shape {self.R.shape}, expected (steps, classes).")
-        scored = self.R[~np.isnan(self.R)]
+        if self.by_seed.ndim != 3 or not self.by_seed.size:
+            raise ValueError(
+                f"by_seed of {self.method}: got shape {self.by_seed.shape}, expected (seeds, steps, classes)."
+            )
+        scored = self.by_seed[~np.isnan(self.by_seed)]
         if ((scored < 0) | (scored > 1)).any():
             raise ValueError(
-                f"R of {self.method}: got values from {scored.min()} to {scored.max()}, expected Dice in [0, 1], not %."
+                f"by_seed of {self.method}: got values from {scored.min()} to {scored.max()}, expected Dice in [0, 1], "
+                "not %."
             )
-        if self.R_std is not None and self.R_std.shape != self.R.shape:
-            raise ValueError(f"R_std of {self.method}: got shape {self.R_std.shape}, expected {self.R.shape} as R.")
-        if self.seeds < 1:
-            raise ValueError(f"seeds of {self.method}: got {self.seeds}, expected at least 1.")
+
+    @property
+    def seeds(self) -> int:
+        """S."""
+        return len(self.by_seed)
+
+    @cached_property
+    def dice(self) -> NDArray[np.float64]:
+        """``(T, K)`` mean over the seeds that have a score; NaN where none has one."""
+        return _over_seeds(self.by_seed)[0]
+
+    @cached_property
+    def dice_std(self) -> NDArray[np.float64]:
+        """``(T, K)`` standard deviation over seeds (one degree of freedom less); NaN with one seed."""
+        return _over_seeds(self.by_seed)[1]
+
+    def summary(self, learned_at: Sequence[int]) -> tuple[dict[str, float], dict[str, float]]:
+        """Mean and standard deviation, over seeds, of ``metrics.summary``; the latter is NaN with one seed."""
+        each = [metrics.summary(matrix, learned_at) for matrix in self.by_seed]
+        values = {key: _over_seeds(np.array([scores[key] for scores in each])) for key in each[0]}
+        return {key: float(mean) for key, (mean, _) in values.items()}, {
+            key: float(std) for key, (_, std) in values.items()
+        }
 
 
-def _hundredths(value: float, sign: str = "") -> str:
-    return "n/a" if math.isnan(value) else f"{round(100 * value, 1) + 0.0:{sign}.1f}"
+def _over_seeds(values: NDArray[np.floating]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and standard deviation over the first axis, of what is there; NaN where that is too little."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return np.nanmean(values, 0), np.nanstd(values, 0, ddof=1)
+
+
+def _hundredths(value: float, sign: str = "", spread: float = math.nan) -> str:
+    if math.isnan(value):
+        return "n/a"
+    text = f"{round(100 * value, 1) + 0.0:{sign}.1f}"
+    return text if math.isnan(spread) else f"{text} ±{100 * spread:.1f}"
 
 
 def _cell(row: Row, t: int, c: int, learned_at: Sequence[int]) -> str:
     if learned_at[c] > t:
         return ""
-    text = _hundredths(row.R[t - 1, c])
-    spread = math.nan if row.R_std is None else row.R_std[t - 1, c]
-    return text if math.isnan(spread) or text == "n/a" else f"{text} ±{_hundredths(spread)}"
+    return _hundredths(row.dice[t - 1, c], spread=row.dice_std[t - 1, c])
 
 
 def _final_scores(rows: Sequence[Row], classes: Sequence[str], learned_at: Sequence[int]) -> list[list[str]]:
@@ -110,16 +139,18 @@ def _final_scores(rows: Sequence[Row], classes: Sequence[str], learned_at: Seque
     names, units = zip(*_SUMMARY_COLUMNS.values(), strict=True)
     lines = [["method", "seeds", *classes, *names], ["", "", *["%"] * len(classes), *units]]
     for row in rows:
-        scores = metrics.summary(row.R, learned_at)
-        final = [_cell(row, len(row.R), c, learned_at) for c in range(len(classes))]
-        summary = [_hundredths(scores[key], "+" if key == "backward_transfer" else "") for key in _SUMMARY_COLUMNS]
+        means, spreads = row.summary(learned_at)
+        final = [_cell(row, len(row.dice), c, learned_at) for c in range(len(classes))]
+        summary = [
+            _hundredths(means[key], "+" if key == "backward_transfer" else "", spreads[key]) for key in _SUMMARY_COLUMNS
+        ]
         lines.append([marked(row.method), str(row.seeds), *final, *summary])
     return lines
 
 
 def _beside_dice(rows: Sequence[Row]) -> list[str]:
     """The block of the rows that have more than Dice; no line if none has."""
-    found = {row.method: row.final for row in rows if row.final is not None}
+    found = {row: row.final for row in rows if row.final is not None}
     if not found:
         return []
     tolerance_mm = next(iter(found.values())).nsd_tolerance_mm
@@ -127,11 +158,15 @@ def _beside_dice(rows: Sequence[Row]) -> list[str]:
         ["method", "NSD", "HD95", "missed", "invented", "both empty", "of", "gap to joint", "plasticity gap"],
         ["", "%", "mm", *["count"] * 4, *["points"] * 2],
     ]
-    for method, final in found.items():
+    for row, final in found.items():
         hd95 = "n/a" if math.isnan(final.hd95_mm) else f"{final.hd95_mm:.1f}"
         counts = [str(n) for n in (final.missed, final.invented, final.both_empty, final.n_scores)]
-        gaps = [_hundredths(gap, "+") for gap in (final.gap_to_joint, final.plasticity_gap)]
-        lines.append([marked(method), _hundredths(final.nsd), hd95, *counts, *gaps])
+        fewer = f" ({final.gap_seeds} of {row.seeds} seeds)" if 0 < final.gap_seeds < row.seeds else ""
+        gaps = [
+            _hundredths(gap, "+") + (fewer if not math.isnan(gap) else "")
+            for gap in (final.gap_to_joint, final.plasticity_gap)
+        ]
+        lines.append([marked(row.method), _hundredths(final.nsd), hd95, *counts, *gaps])
     return [
         f"After the last step, mean over classes (NSD at {tolerance_mm:g} mm; HD95 where it exists, the rest counted)",
         *aligned(lines, header=2),
@@ -141,10 +176,10 @@ def _beside_dice(rows: Sequence[Row]) -> list[str]:
 
 def _scores_by_step(row: Row, classes: Sequence[str], learned_at: Sequence[int]) -> list[list[str]]:
     lines = [["step", *classes, "mean"]]
-    for t, scores in enumerate(row.R, start=1):
+    for t, scores in enumerate(row.dice, start=1):
         if not np.isnan(scores).all():
             cells = [_cell(row, t, c, learned_at) for c in range(len(classes))]
-            lines.append([str(t), *cells, _hundredths(metrics.mean(row.R, learned_at, t))])
+            lines.append([str(t), *cells, _hundredths(metrics.mean(row.dice, learned_at, t))])
     return lines
 
 
@@ -168,8 +203,8 @@ def score_table(rows: Sequence[Row], classes: Sequence[str], learned_at: Sequenc
     Dice, means and plasticity are in %, forgetting and backward transfer (BWT) in points of 100 Dice; ``±`` is the
     standard deviation over seeds. The second part, of the rows with ``final``, has NSD and HD95, the number of absent
     scores, and what the joint model has more (in points). A class not yet learned is an empty cell, a missing score
-    ``n/a``; a step without any score is left out of the third part. Forgetting and the like are those of the mean
-    matrix over seeds.
+    ``n/a``; a step without any score is left out of the third part. Forgetting and the like are means over seeds of
+    each seed's; a gap that only some seeds have says how many.
 
     Args:
         rows: one per method, in the order to show.

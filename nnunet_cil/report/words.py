@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from nnunet_cil import metrics
 from nnunet_cil.schedule import Guard
 
 THRESHOLDS = Guard()
@@ -166,12 +165,15 @@ def fate_of_new(found: Sequence[Outcome]) -> str:
     return listed(parts)
 
 
-def against_joint(R: NDArray[np.floating], joint: NDArray[np.floating], learned_at: Sequence[int]) -> str:
-    """How far a finished chain is from joint training, as a clause; empty where either has no last row."""
-    mine, reference = (100 * metrics.mean(matrix, learned_at, len(matrix)) for matrix in (R, joint))
-    if math.isnan(mine) or math.isnan(reference):
+def against_joint(gap: float) -> str:
+    """How far a chain is from joint training, as a clause; empty where there is no gap.
+
+    Args:
+        gap: Dice in [-1, 1] that joint training has more, NaN without.
+    """
+    if math.isnan(gap):
         return ""
-    distance = round(abs(reference - mine), 1)
+    distance = round(100 * abs(gap), 1)
     if distance < 0.1:
         return "level with joint training"
-    return f"{distance:.1f} points {'below' if mine < reference else 'above'} joint training"
+    return f"{distance:.1f} points {'below' if gap > 0 else 'above'} joint training"

@@ -69,7 +69,7 @@ def test_scores_of_any_matrix(R, learned_at, joint):
         lambda: metrics.final_means(R, learned_at),
         lambda: metrics.gap_to_joint(R, joint, learned_at),
         lambda: metrics.plasticity_gap(R, joint, learned_at),
-        lambda: score_table([Row("pgcd", R)], ["organ"] * len(learned_at), learned_at.tolist()),
+        lambda: score_table([Row("pgcd", R[None])], ["organ"] * len(learned_at), learned_at.tolist()),
     ):
         try:
             compute()
@@ -86,9 +86,9 @@ def test_tables_and_words_of_any_scores(data, names):
     R, joint = (data.draw(arrays(np.float64, (n_steps, len(names)), elements=SCORES)) for _ in range(2))
     found = outcomes(R, names, learned_at)
     assert {outcome.status for outcome in found} <= set(status_words())
-    for text in (fate_of_old(found), fate_of_new(found), against_joint(R, joint, learned_at)):
+    for text in (fate_of_old(found), fate_of_new(found), against_joint(metrics.gap_to_joint(R, joint, learned_at))):
         assert "nan" not in text or any("nan" in name for name in names)
-    rows = [Row("pgcd", R, R_std=R, seeds=2), Row("joint", joint)]
+    rows = [Row("pgcd", np.stack([R, joint])), Row("joint", joint[None])]
     assert score_table(rows, names, learned_at).count("pgcd") >= 2
     assert len(markdown_table(rows, names, learned_at)) > 0
     best = metrics.summary(R, learned_at)

@@ -98,13 +98,14 @@ def test_mib_distils_everywhere():
 
 def test_plop_is_the_mean_over_layers_scaled_by_classes():
     """A published version takes the mean inside of the loop, and so divides early layers many times."""
-    (student, teacher, labels), (other, other_teacher, _) = batch(), batch(1)
-    both = student._replace(features=student.features + other.features)
-    both_teacher = teacher._replace(features=teacher.features + other_teacher.features)
-    layers = [local_pod(s, t) for s, t in zip(both.features, both_teacher.features, strict=True)]
+    batches = [batch(seed) for seed in range(3)]
+    student, teacher, labels = batches[0]
+    student = student._replace(features=sum((s.features for s, _, _ in batches), ()))
+    teacher = teacher._replace(features=sum((t.features for _, t, _ in batches), ()))
+    layers = [local_pod(s, t) for s, t in zip(student.features, teacher.features, strict=True)]
     scale = math.sqrt((N_CLASSES - 1) / (N_CLASSES - N_OLD))
-    terms = make(PLOP, lambda_pod=0.5)(both, both_teacher, labels)
-    torch.testing.assert_close(terms["pod"], 0.5 * scale * (layers[0] + layers[1]) / 2)
+    terms = make(PLOP, lambda_pod=0.5)(student, teacher, labels)
+    torch.testing.assert_close(terms["pod"], 0.5 * scale * (layers[0] + layers[1] + layers[2]) / 3)
 
 
 def test_plop_without_pod_is_its_pseudo_labels():

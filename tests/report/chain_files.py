@@ -10,7 +10,7 @@ import numpy as np
 import SimpleITK
 
 from nnunet_cil.chain import JOINT, Chain, Variant, write_json
-from nnunet_cil.evaluate import evaluation_file
+from nnunet_cil.evaluate import evaluation_file, scored_as
 from nnunet_cil.prototypes import PrototypeStore
 from nnunet_cil.schedule import load_schedule
 from tests.conftest import write_tiny_dataset
@@ -18,7 +18,6 @@ from tests.conftest import write_tiny_dataset
 STEPS = (("ball", "tube"), ("blob",))
 SHAPE = (12, 24, 24)
 SPACING_MM = (1.0, 1.0, 2.0)
-TEST_SHA256 = "7e57" * 16
 
 SCHEDULE = """\
 name: {name}
@@ -107,8 +106,8 @@ def write_scores(
     }
     content = {
         "checkpoint_sha256": sha256,
-        "test_sha256": TEST_SHA256,
-        "nsd_tolerance_mm": chain.schedule.nsd_tolerance_mm,
+        "test_sha256": "7e57" * 16,  # where there is no test set
+        **scored_as(chain),
         "method": variant.method,
         "seed": variant.seed,
         "step": step,
@@ -118,7 +117,7 @@ def write_scores(
         "absent": absent,
     }
     write_json(path, content)
-    return path.parent / f"{sha256[:16]}_{TEST_SHA256[:16]}"
+    return path.parent / f"{sha256[:16]}_{content['test_sha256'][:16]}"
 
 
 def write_predictions(chain: Chain, folder: Path, scores: dict[str, dict[str, float | None]]) -> None:

@@ -13,9 +13,9 @@ from nnunet_cil.report.table import Row
 
 NAN = np.nan
 LEARNED_AT = [1, 1, 2]
-PGCD = Row("pgcd", np.array([[0.9, 0.8, NAN], [0.9, 0.8, 0.7]]))
-FINETUNE = Row("finetune", np.array([[0.9, 0.8, NAN], [0.0, 0.0, 0.9]]))
-JOINT = Row("joint", np.array([[NAN] * 3, [0.9, 0.9, 0.9]]))
+PGCD = Row("pgcd", np.array([[[0.9, 0.8, NAN], [0.9, 0.8, 0.7]]]))
+FINETUNE = Row("finetune", np.array([[[0.9, 0.8, NAN], [0.0, 0.0, 0.9]]]))
+JOINT = Row("joint", np.array([[[NAN] * 3, [0.9, 0.9, 0.9]]]))
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_draws_the_means_in_percent(tmp_path, drawn):
 
 def test_a_method_keeps_its_colour(tmp_path, drawn):
     figures.plot_mean_dice([PGCD, FINETUNE, JOINT], LEARNED_AT, tmp_path / "a.png")
-    figures.plot_mean_dice([FINETUNE, Row("mine", PGCD.R)], LEARNED_AT, tmp_path / "b.png")
+    figures.plot_mean_dice([FINETUNE, Row("mine", PGCD.by_seed)], LEARNED_AT, tmp_path / "b.png")
     first, second = _lines(drawn[0]), _lines(drawn[-1])
     assert first["finetune"].get_color() == second["finetune"].get_color()
     colours = {line.get_color() for line in (*first.values(), *second.values())}
@@ -64,12 +64,12 @@ def test_a_method_keeps_its_colour(tmp_path, drawn):
 
 def test_a_step_without_score_is_left_out(tmp_path, drawn):
     R = np.array([[0.9, 0.8, NAN], [NAN] * 3, [0.5, 0.6, 0.7]])
-    figures.plot_mean_dice([Row("pgcd", R)], LEARNED_AT, tmp_path / "mean.png")
+    figures.plot_mean_dice([Row("pgcd", R[None])], LEARNED_AT, tmp_path / "mean.png")
     np.testing.assert_allclose(_lines(drawn[0])["pgcd"].get_xydata(), [[1, 85], [3, 60]])
 
 
 def test_an_unfinished_chain_is_last_and_says_so(tmp_path, drawn):
-    unfinished = Row("plop", np.array([[0.99, 0.99, NAN], [NAN] * 3]))
+    unfinished = Row("plop", np.array([[[0.99, 0.99, NAN], [NAN] * 3]]))
     figures.plot_mean_dice([unfinished, FINETUNE, PGCD], LEARNED_AT, tmp_path / "mean.png")
     labels = [text.get_text() for text in drawn[0].legends[0].get_texts()]
     assert [label.split()[0] for label in labels] == ["pgcd", "finetune", "plop"]
@@ -78,7 +78,7 @@ def test_an_unfinished_chain_is_last_and_says_so(tmp_path, drawn):
 
 
 def test_one_step(tmp_path):
-    figures.plot_mean_dice([Row("pgcd", np.array([[0.9]]))], [1], tmp_path / "mean.png")
+    figures.plot_mean_dice([Row("pgcd", np.array([[[0.9]]]))], [1], tmp_path / "mean.png")
     assert (tmp_path / "mean.png").stat().st_size > 0
 
 
@@ -101,7 +101,7 @@ def test_wrong_arguments(tmp_path):
     with pytest.raises(ValueError, match=r"ends in \.png"):
         figures.plot_mean_dice([PGCD], LEARNED_AT, tmp_path / "mean.jpg")
     with pytest.raises(ValueError, match="no score at all"):
-        figures.plot_mean_dice([Row("pgcd", np.full((2, 3), NAN))], LEARNED_AT, tmp_path / "mean.png")
+        figures.plot_mean_dice([Row("pgcd", np.full((1, 2, 3), NAN))], LEARNED_AT, tmp_path / "mean.png")
     assert not list(tmp_path.iterdir())
 
 
@@ -124,7 +124,7 @@ def _drawings(path):
     return {
         "mean_dice": lambda: figures.plot_mean_dice(rows, LEARNED_AT, path),
         "score_matrix": lambda: figures.plot_score_matrix(rows, ORGANS, LEARNED_AT, path),
-        "forgetting": lambda: figures.plot_forgetting(rows, {"pgcd": [PGCD.R, PGCD.R]}, ORGANS, LEARNED_AT, path),
+        "forgetting": lambda: figures.plot_forgetting(rows, {"pgcd": [PGCD.dice, PGCD.dice]}, ORGANS, LEARNED_AT, path),
         "subjects": lambda: figures.plot_subjects(scores, ORGANS, "Dice (%)", path),
         "loss_terms": lambda: figures.plot_loss_terms({"step 2": terms, "step 3": terms}, path),
         "one_training": lambda: figures.plot_loss_terms({"step 2": terms}, path),
@@ -153,7 +153,7 @@ def test_every_figure_is_written_twice_or_not_at_all(tmp_path, monkeypatch, name
 
 def test_heat_map_leaves_out_what_is_not_learned_and_marks_what_is_missing(tmp_path, drawn):
     R = np.array([[0.9, NAN, NAN], [0.5, 0.2, 0.7], [NAN] * 3])
-    figures.plot_score_matrix([Row("pgcd", R)], ORGANS, LEARNED_AT, tmp_path / "f.png")
+    figures.plot_score_matrix([Row("pgcd", R[None])], ORGANS, LEARNED_AT, tmp_path / "f.png")
     axes = drawn[0].axes[0]
     assert sorted(text.get_text() for text in axes.texts) == ["20", "50", "70", "90"]
     assert [patch.get_xy() for patch in axes.patches] == [(1, 0)]
@@ -170,7 +170,7 @@ def test_forgetting_is_that_of_the_table(tmp_path, drawn):
 
 def test_much_forgetting_is_a_heat_map(tmp_path, drawn):
     R = np.array([[0.9] * 20 + [NAN], [0.4] * 20 + [0.9]])
-    rows = [Row(method, R) for method in ("pgcd", "finetune", "lwf")]
+    rows = [Row(method, R[None]) for method in ("pgcd", "finetune", "lwf")]
     figures.plot_forgetting(rows, {}, [*MANY, "last"], [1] * 20 + [2], tmp_path / "f.png")
     assert {text.get_text() for text in drawn[0].axes[0].texts} == {"50"}
     assert figures.forgetting_is_matrix(3, 20)

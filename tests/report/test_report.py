@@ -45,6 +45,12 @@ class Page(HTMLParser):
         if "style" not in self.open:
             self.text += data
 
+    def rows(self, caption: str) -> list[list[str]]:
+        """Text of the cells of a table's body, without the sign before a method's name."""
+        body = self.html.partition(f"<caption>{caption}</caption>")[2].partition("</table>")[0].partition("<tbody>")[2]
+        cells = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", line) for line in body.split("</tr>") if line]
+        return [[re.sub(r'<span class="mark".*?</span>|<[^>]+>', "", cell) for cell in line] for line in cells if line]
+
     def all(self, tag: str) -> list[dict[str, str]]:
         return [attributes for name, attributes in self.tags if name == tag]
 
@@ -122,6 +128,25 @@ def test_odd_names_are_text(nnunet_folders, tmp_path):
     alts = " ".join(image["alt"] for image in page.all("img"))
     assert odd in alts
     assert "Typical subject a<i>&lt;" in alts
+
+
+def test_a_method_that_keeps_scans_says_so_wherever_it_is_named(chain):
+    page = Page(write_report(chain, write_chain(chain, methods=("pgcd", "replay", "joint"))))
+    told = page.text.partition("How this was made")[2].partition("Commands")[0]  # its commands are lines to type
+    described = " ".join(attributes["alt"] for attributes in page.all("img"))
+    for text in (re.sub(r"figures/\S+", "", told), described):
+        assert text.count("replay") > 3
+        assert re.findall(r"[^.]{0,40}replay(?! \(not privacy-safe\))[^.]{0,20}", text) == []
+
+
+def test_missed_organs_and_the_gap_to_joint_are_told(whole):
+    page = Page(whole)
+    lines = {cells[0]: cells[1:] for cells in page.rows("Organs missed or invented, and joint training")}
+    # three subjects, three organs and two seeds: finetune has the two old organs in none
+    assert lines["finetune"][:4] == ["12", "0", "0", "18"]
+    assert lines["pgcd"][:4] == ["0", "0", "0", "18"]
+    assert float(lines["finetune"][4]) > 0 > float(lines["pgcd"][4])
+    assert lines["joint"][4:] == ["n/a", "n/a"]
 
 
 def test_nothing_private_is_told(whole):

@@ -8,9 +8,9 @@ from nnunet_cil.report.table import FinalScores, Row, markdown_table, score_tabl
 NAN = np.nan
 CLASSES = ["liver", "spleen", "kidney"]
 LEARNED_AT = [1, 1, 2]
-PGCD = Row("pgcd", np.array([[0.9, 0.8, NAN], [0.891, 0.813, 0.79]]), seeds=3)
-FINETUNE = Row("finetune", np.array([[0.9, 0.8, NAN], [0.0, 0.002, 0.81]]))
-JOINT = Row("joint", np.array([[NAN] * 3, [0.91, 0.84, 0.83]]))
+PGCD = Row("pgcd", np.array([[[0.9, 0.8, NAN], [0.891, 0.813, 0.79]]]))
+FINETUNE = Row("finetune", np.array([[[0.9, 0.8, NAN], [0.0, 0.002, 0.81]]]))
+JOINT = Row("joint", np.array([[[NAN] * 3, [0.91, 0.84, 0.83]]]))
 
 
 def _cells(markdown):
@@ -55,7 +55,7 @@ def test_block_beside_dice_as_a_whole():
         plasticity_gap=-0.0123,
     )
     bound = FinalScores(0.912, 2.5, NAN, 60, 0, 0, 0, NAN, NAN)
-    rows = [Row("finetune", FINETUNE.R, final=forgot), Row("joint", JOINT.R, final=bound), PGCD]
+    rows = [Row("finetune", FINETUNE.by_seed, final=forgot), Row("joint", JOINT.by_seed, final=bound), PGCD]
     block = score_table(rows, CLASSES, LEARNED_AT).split("\n\n")[1]
     assert (
         block
@@ -77,26 +77,47 @@ def test_markdown_has_the_same_columns():
         *["avg inc mean (%)", "forgetting (points)", "BWT (points)", "plasticity (%)"],
     ]
     assert len(rule) == len(header)
-    assert pgcd == ["pgcd", "3", "89.1", "81.3", "79.0", "85.2", "79.0", "83.1", "84.1", "-0.2", "+0.2", "79.0"]
+    assert pgcd == ["pgcd", "1", "89.1", "81.3", "79.0", "85.2", "79.0", "83.1", "84.1", "-0.2", "+0.2", "79.0"]
     assert joint[-4:] == ["n/a"] * 4
 
 
 def test_spread_over_seeds_is_shown_beside_scores():
-    row = Row("pgcd", PGCD.R, seeds=3, R_std=np.array([[0.01, 0.02, NAN], [0.011, NAN, 0.03]]))
-    text = score_table([row], CLASSES, LEARNED_AT)
-    assert "90.0 ±1.0  80.0 ±2.0" in text
-    assert "89.1 ±1.1       81.3  79.0 ±3.0" in text
+    other = np.array([[[0.92, 0.78, NAN], [0.911, NAN, 0.85]]])
+    text = score_table([Row("pgcd", np.concatenate([PGCD.by_seed, other]))], CLASSES, LEARNED_AT)
+    assert "91.0 ±1.4  79.0 ±1.4" in text, "one degree of freedom less"
+    line = text.splitlines()[4]
+    assert line.split()[:2] == ["pgcd", "2"]
+    assert line.split()[2:7] == ["90.1", "±1.4", "81.3", "82.0", "±4.2"]
+    assert "88.1 ±4.2  82.0 ±4.2" in line, "old and new, each from the seeds' own means"
+
+
+def test_forgetting_is_that_of_each_seed_not_of_the_mean_matrix():
+    """Two seeds whose best steps differ: the mean matrix has no such best."""
+    by_seed = np.array(
+        [[[0.5, NAN, NAN], [0.9, 0.5, NAN], [0.5, 0.5, 0.5]], [[0.9, NAN, NAN], [0.5, 0.5, NAN], [0.5, 0.5, 0.5]]]
+    )
+    means, spreads = Row("pgcd", by_seed).summary([1, 2, 3])
+    assert means["forgetting"] == pytest.approx(0.2)  # 0.4 of the first class, 0 of the second, in each seed
+    assert spreads["forgetting"] == pytest.approx(0.0)
+    assert np.isnan(Row("pgcd", by_seed[:1]).summary([1, 2, 3])[1]["mean"])
+
+
+def test_a_gap_that_only_some_seeds_have_says_so():
+    final = FinalScores(0.9, 2.0, 1.0, 60, 0, 0, 0, 0.02, 0.01, gap_seeds=1)
+    three = Row("pgcd", np.concatenate([PGCD.by_seed] * 3), final)
+    assert "+2.0 (1 of 3 seeds)  +1.0 (1 of 3 seeds)" in score_table([three], CLASSES, LEARNED_AT)
+    assert "of 1 seeds" not in score_table([Row("pgcd", PGCD.by_seed, final)], CLASSES, LEARNED_AT)
 
 
 def test_a_missing_score_is_not_available_and_a_class_to_come_is_empty():
-    row = Row("pgcd", np.array([[0.9, NAN, NAN]]))
+    row = Row("pgcd", np.array([[[0.9, NAN, NAN]]]))
     cells = _cells(markdown_table([row], CLASSES, LEARNED_AT))[-1]
     assert cells[2:5] == ["90.0", "n/a", ""]
     assert "nan" not in score_table([row], CLASSES, LEARNED_AT)
 
 
 def test_no_minus_zero():
-    row = Row("pgcd", np.array([[0.9, 0.8, NAN], [0.9001, 0.8001, 0.5]]))
+    row = Row("pgcd", np.array([[[0.9, 0.8, NAN], [0.9001, 0.8001, 0.5]]]))
     cells = _cells(markdown_table([row], CLASSES, LEARNED_AT))[-1]
     assert cells[9:11] == ["0.0", "+0.0"]
 
@@ -107,21 +128,20 @@ def test_columns_line_up():
 
 
 def test_markdown_escapes_bars():
-    assert "a\\|b" in markdown_table([Row("a|b", PGCD.R)], CLASSES, LEARNED_AT)
+    assert "a\\|b" in markdown_table([Row("a|b", PGCD.by_seed)], CLASSES, LEARNED_AT)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("by_seed", "message"),
     [
-        ({"R": np.array([[85.0]])}, "not %"),
-        ({"R": np.array([0.5])}, "steps, classes"),
-        ({"R": np.array([[0.5]]), "R_std": np.array([0.1])}, "R_std of pgcd"),
-        ({"R": np.array([[0.5]]), "seeds": 0}, "seeds of pgcd"),
+        (np.array([[[85.0]]]), "not %"),
+        (np.array([[0.5]]), "seeds, steps, classes"),
+        (np.zeros((0, 1, 1)), "seeds, steps, classes"),
     ],
 )
-def test_wrong_rows(arguments, message):
+def test_wrong_rows(by_seed, message):
     with pytest.raises(ValueError, match=message):
-        Row("pgcd", **arguments)
+        Row("pgcd", by_seed)
 
 
 def test_numbers_of_classes_must_agree():
@@ -132,7 +152,7 @@ def test_numbers_of_classes_must_agree():
 
 
 def test_a_method_that_keeps_scans_says_so():
-    kept = Row("replay_8", PGCD.R)
+    kept = Row("replay_8", PGCD.by_seed)
     assert score_table([kept], CLASSES, LEARNED_AT).count("replay_8 (not privacy-safe)") == 2
     assert "replay_8 (not privacy-safe)" in markdown_table([kept], CLASSES, LEARNED_AT)
     assert "keeps" not in score_table([PGCD], CLASSES, LEARNED_AT)

@@ -106,11 +106,10 @@ def test_listed():
 
 
 def test_against_joint():
-    joint = np.array([[NAN, NAN], [0.9, 0.9]])
-    assert against_joint(np.array([[0.9, NAN], [0.8, 0.9]]), joint, [1, 2]) == "5.0 points below joint training"
-    assert against_joint(np.array([[0.9, NAN], [0.9, 1.0]]), joint, [1, 2]) == "5.0 points above joint training"
-    assert against_joint(joint, joint, [1, 2]) == "level with joint training"
-    assert against_joint(np.array([[0.9, NAN], [NAN, NAN]]), joint, [1, 2]) == ""
+    assert against_joint(0.05) == "5.0 points below joint training"
+    assert against_joint(-0.05) == "5.0 points above joint training"
+    assert against_joint(0.0004) == "level with joint training"
+    assert against_joint(NAN) == ""
 
 
 def test_methods_in_words():
