@@ -241,6 +241,8 @@ def _numbers_of(o: Outcome) -> str:
 def _card(row: Row, what: Sequence[Outcome], found: Collected, brief: bool) -> str:
     last = last_scored_step(row.dice)
     beside = against_joint(row.final.gap_to_joint) if row.final else ""
+    if beside and row.final.gap_seeds < row.seeds:
+        beside += f" by {row.final.gap_seeds} of {row.seeds} seeds"
     so_far = "" if last == len(row.dice) else f" after step {last} of {len(row.dice)}"
     statuses = [o.status for o in what]
     counts = "".join(f"{chip(s, statuses.count(s))} " for s in status_words() if s in statuses)

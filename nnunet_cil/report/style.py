@@ -55,7 +55,10 @@ section {
   border-top: 1px solid var(--line);
 }
 .card .organ { flex: 1 1 6rem; min-width: 0; overflow-wrap: anywhere; }
-.card .numbers { font-variant-numeric: tabular-nums; text-align: right; min-width: 5.6rem; }
+.card .numbers { font-variant-numeric: tabular-nums; text-align: right; min-width: 5.6rem; margin-left: auto; }
+@media (max-width: 30rem) {
+  .card .numbers { min-width: 2.4rem; }
+}
 .big { font-size: 1.5rem; font-weight: 650; font-variant-numeric: tabular-nums; }
 .swatch {
   display: inline-block; width: .8em; height: .8em; margin-right: .45em; vertical-align: -.06em; flex: none;
