@@ -986,7 +986,8 @@ class _Reader:
         subjects = class_map = declared = None
         if isinstance(entry, list):
             if source is None:
-                self.problem("test", "subjects without a source", "a dataset, or {images: .., labels: ..}")
+                if self.raw.get("source") is None:  # else what is wrong with it is told already
+                    self.problem("test", "subjects without a source", "a dataset, or {images: .., labels: ..}")
                 return None
             folder, subjects = source, entry
         elif isinstance(entry, dict) and "images" in entry:

@@ -480,6 +480,10 @@ def test_bad_input(raw, tmp_path, case):
     assert not any(line.endswith("..") or "?." in line for line in lines), lines
 
 
+def test_a_source_that_is_not_there_is_told_once(raw, tmp_path):
+    assert only_problem(tmp_path, {**BASE, "source": "no", "test": ["s1"]}).startswith("source: got ")
+
+
 def test_all_problems_at_once(raw, tmp_path):
     content = {
         "name": "a b",
