@@ -44,6 +44,7 @@ _FURTHER_METHODS = (
     ("#009E73", "D"),
     ("#CC79A7", "^"),
 )
+_ENSEMBLE_MARKERS = ("d", "D")  # the second where a method has the first
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,14 @@ def plain_organs() -> int:
 def method_styles(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Colour and marker by method.
 
-    A known method keeps its own whatever stands beside it; any other keeps its own among the same methods.
+    A known method keeps its own whatever stands beside it; any other keeps its own among the same methods. The ensemble
+    of a method's folds, ``pgcd, 5 folds ensembled``, has its colour and a marker of ensembles.
     """
-    keys = {method: method.lower().replace("_", "") for method in methods}
+    keys = {method: method.partition(",")[0].lower().replace("_", "") for method in methods}
     unknown = sorted({key for key in keys.values() if key not in _METHODS})
     further = {key: _FURTHER_METHODS[i % len(_FURTHER_METHODS)] for i, key in enumerate(unknown)}
-    return {method: (_METHODS | further)[key] for method, key in keys.items()}
+    found = {method: (_METHODS | further)[key] for method, key in keys.items()}
+    return {
+        method: (colour, _ENSEMBLE_MARKERS[marker == _ENSEMBLE_MARKERS[0]]) if "," in method else (colour, marker)
+        for method, (colour, marker) in found.items()
+    }

@@ -19,6 +19,14 @@ def test_methods_are_told_apart():
     assert len(set(styles.values())) == len(styles)
 
 
+def test_the_ensemble_of_a_method_has_its_colour_wherever_it_stands():
+    name = "pgcd, 5 folds ensembled"
+    alone, beside = method_styles([name]), method_styles([*METHODS, "mine", "mine, 5 folds ensembled", name])
+    assert alone[name] == beside[name]
+    assert alone[name][0] == beside["pgcd"][0]
+    assert len(set(beside.values())) == len(beside)
+
+
 def test_underscores_do_not_matter():
     assert method_styles(["pseudo_kd"])["pseudo_kd"] == method_styles(["PseudoKD"])["PseudoKD"]
 
