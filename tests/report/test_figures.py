@@ -53,6 +53,14 @@ def test_draws_the_means_in_percent(tmp_path, drawn):
     assert [text.get_text().split()[0] for text in drawn[0].legends[0].get_texts()] == ["joint", "pgcd", "finetune"]
 
 
+def test_seeds_are_dots_and_a_deviation_beside_the_last_mean(tmp_path, drawn):
+    better = PGCD.by_seed + 0.06
+    figures.plot_mean_dice([Row("pgcd", np.concatenate([PGCD.by_seed, better])), JOINT], LEARNED_AT, tmp_path / "m.png")
+    dots = [line for line in drawn[0].axes[0].get_lines() if line.get_linestyle() == "None"]
+    np.testing.assert_allclose([line.get_xydata() for line in dots], [[[1, 85], [2, 80]], [[1, 91], [2, 86]]])
+    assert "pgcd  83.0 ±4.2" in [text.get_text() for text in drawn[0].legends[0].get_texts()]
+
+
 def test_a_method_keeps_its_colour(tmp_path, drawn):
     figures.plot_mean_dice([PGCD, FINETUNE, JOINT], LEARNED_AT, tmp_path / "a.png")
     figures.plot_mean_dice([FINETUNE, Row("mine", PGCD.by_seed)], LEARNED_AT, tmp_path / "b.png")
