@@ -449,7 +449,7 @@ def _paired_table(found: Collected) -> str:
         return ""
     note = (
         f"Points of Dice more (+) or less (-) than {reference} after the last step, subject by subject. An interval "
-        "that holds 0 can be chance, and with few subjects it is too narrow (six: 88 of 100 hold the truth). p: Wilcoxon "
+        "that holds 0 can be chance; with few subjects it is too narrow (six: true in 88 of 100). p: Wilcoxon "
         "signed-rank test, not corrected for the number of comparisons. Both are over subjects; how "
         "much trainings differ among themselves shows in the differences by seed."
     )
