@@ -511,10 +511,10 @@ def _by_test_set(chain: Chain, run: _Run) -> list[dict[str, Any]]:
 
 
 def _test_set_name(chain: Chain, number: int) -> str:
-    if not 0 <= number < len(chain.schedule.test):
-        return f"test set {number + 1}"
-    test = chain.schedule.test[number]
-    return (test.dataset or test.images.parent).name
+    """Of its dataset; two folders may be called after a person, and have a number."""
+    tests = chain.schedule.test
+    dataset = tests[number].dataset if 0 <= number < len(tests) else None
+    return f"test set {number + 1}" if dataset is None else dataset.name
 
 
 def _never_trained_on(chain: Chain, number: int) -> bool | None:

@@ -263,7 +263,7 @@ def test_each_of_several_test_sets_has_its_matrix(chain, tmp_path):
     score(chain, "pgcd", 0, 2, {case: {"ball": value, "blob": value} for case, value in values.items()})
     found = collect_scores(chain, [chain.variant("pgcd", 0)])[0]["runs"][0]["by_test_set"]
     assert [entry["set"] for entry in found] == [0, 1, 2, 3]
-    assert [entry["name"] for entry in found] == [source.name, "elsewhere", "elsewhere", source.name]
+    assert [entry["name"] for entry in found] == [source.name, "elsewhere", "test set 3", "test set 4"]
     assert [entry["n_subjects"] for entry in found] == [1, 2, 1, 1]
     assert [entry["never_trained_on"] for entry in found] == [False, True, None, False]
     assert found[1]["dice"] == [[pytest.approx(0.9), None], [pytest.approx(0.4)] * 2]

@@ -87,7 +87,7 @@ class TestSetScores:
     """One of several test sets.
 
     Attributes:
-        name: of its dataset or folder.
+        name: of its dataset, or its number.
         n_subjects: its size.
         never_trained_on: whether no step draws from its dataset; None where that is not known.
         dice: method -> mean Dice over all classes after the last step, in [0, 1], the mean over its trainings.
