@@ -16,6 +16,7 @@ from nnunet_cil.objectives.ewf import EWF
 from nnunet_cil.objectives.finetune import Finetune
 from nnunet_cil.objectives.lwf import ILT, LwF
 from nnunet_cil.objectives.mib import MiB
+from nnunet_cil.objectives.pgcd import PGCD
 from nnunet_cil.objectives.plop import PLOP
 from nnunet_cil.objectives.pseudo import Pseudo, PseudoKD
 from nnunet_cil.objectives.replay import Replay
@@ -88,6 +89,12 @@ def test_mib_segmentation_neither_rewards_nor_punishes_old_against_background():
     nn.functional.cross_entropy(folded, shifted[:, 0]).backward()
     within = output.grad[:, :N_OLD] / torch.softmax(output[:, :N_OLD], 1)
     torch.testing.assert_close(within, within[:, :1].expand_as(within))
+
+
+def test_only_mib_changes_what_the_loss_sees_and_only_plop_scales_it():
+    changed = {objective for objective in (*ALL, PGCD) if objective.segmentation is not Objective.segmentation}
+    scaled = {o for o in (*ALL, PGCD) if o.segmentation_weight is not Objective.segmentation_weight}
+    assert (changed, scaled) == ({MiB}, {PLOP})
 
 
 def test_mib_distils_everywhere():
