@@ -62,14 +62,14 @@ def chain(nnunet_folders, tmp_path):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Page of a chain of three methods and two seeds that lacks nothing."""
+    """Page of a chain of four methods and two seeds that lacks nothing."""
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
             (folder / name).mkdir()
             patch.setenv(name, str(folder / name))
         chain = open_chain(folder)
-        yield write_report(chain, write_chain(chain, seeds=(0, 1)))
+        yield write_report(chain, write_chain(chain, ("pgcd", "finetune", "replay", "joint"), seeds=(0, 1)))
 
 
 def test_a_whole_report(whole):
@@ -130,8 +130,8 @@ def test_odd_names_are_text(nnunet_folders, tmp_path):
     assert "Typical subject a<i>&lt;" in alts
 
 
-def test_a_method_that_keeps_scans_says_so_wherever_it_is_named(chain):
-    page = Page(write_report(chain, write_chain(chain, methods=("pgcd", "replay", "joint"))))
+def test_a_method_that_keeps_scans_says_so_wherever_it_is_named(whole):
+    page = Page(whole)
     told = page.text.partition("How this was made")[2].partition("Commands")[0]  # its commands are lines to type
     described = " ".join(attributes["alt"] for attributes in page.all("img"))
     for text in (re.sub(r"figures/\S+", "", told), described):
