@@ -43,6 +43,8 @@ def present_variants(
     for path, step in _files(chain, prepared):
         try:
             content = read_json(path, "an object")
+            if step is not None and BLOCK_KEY not in content:  # nnU-Net's own plans
+                continue
             method, seed, step = _of_scores(content) if step is None else (*_of_plans(content), step)
             (first if step == 1 else later).append(chain.variant(method, seed))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
