@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
 import shutil
 from html.parser import HTMLParser
@@ -15,7 +16,7 @@ from nnunet_cil.evaluate import evaluation_file
 from nnunet_cil.report import write
 from nnunet_cil.report.write import write_report
 from tests.report import browser
-from tests.report.chain_files import open_chain, write_chain, write_scores
+from tests.report.chain_files import open_chain, write_chain, write_scores, write_test_set
 
 SECTIONS = ("summary", "numbers", "scores", "subjects", "pictures", "training", "prototypes", "made")
 VOID = {"meta", "link", "img", "br"}
@@ -147,6 +148,21 @@ def test_missed_organs_and_the_gap_to_joint_are_told(whole):
     assert lines["pgcd"][:4] == ["0", "0", "0", "18"]
     assert float(lines["finetune"][4]) > 0 > float(lines["pgcd"][4])
     assert lines["joint"][4:] == ["n/a", "n/a"]
+
+
+def test_several_test_sets_have_a_column_each(chain):
+    write_test_set(chain, ("a", "b", "c"))
+    path = chain.folder / "test" / "test.json"
+    test = json.loads(path.read_text(encoding="utf-8"))
+    test["cases"]["c"]["set"] = 1
+    path.write_text(json.dumps(test))
+    values = {"a": 0.9, "b": 0.7, "c": 0.4}
+    variant = chain.variant("pgcd", 0)
+    write_scores(chain, variant, 2, {case: dict.fromkeys(("ball", "tube", "blob"), v) for case, v in values.items()})
+    page = Page(write_report(chain, [variant]))
+    assert page.rows("Dice of all organs after the last step, by test set") == [["pgcd", "80.0", "40.0"]]
+    assert "test set 2" in page.text
+    assert "%, 1 subject, origin unknown" in page.text
 
 
 def test_nothing_private_is_told(whole):
