@@ -267,10 +267,23 @@ def _write_results(chain: Chain, variants: Sequence[Variant]) -> str:
     return table
 
 
-def write_report(schedule: Schedule, methods: Sequence[str], seeds: Sequence[int | None]) -> Path:
-    """Write ``report.html`` and all figures, without methods or seeds of all that are there; returns the page."""
+def write_report(
+    schedule: Schedule, methods: Sequence[str], seeds: Sequence[int | None], must_be_there: bool = False
+) -> Path:
+    """Write ``report.html`` and all figures, without methods or seeds of all that are there; returns the page.
+
+    Args:
+        must_be_there: some of it, at least; jobs that are still queued are not.
+
+    Raises:
+        ValueError: nothing of it is there, but must be.
+    """
     chain = Chain.open(schedule)
-    return report_page.write_report(chain, present_variants(chain, methods, seeds))
+    variants, there = present_variants(chain, methods, seeds), present_variants(chain)
+    if must_be_there and not set(variants) & set(there):
+        asked, known = (", ".join(f"{v.method} with seed {v.seed}" for v in of) for of in (variants, there))
+        raise ValueError(f"{chain.folder}: got nothing of {asked}, expected what was begun or scored: {known}.")
+    return report_page.write_report(chain, variants)
 
 
 def evaluate(schedule: Schedule, methods: Sequence[str], seeds: Sequence[int | None]) -> str:

@@ -89,3 +89,9 @@ def test_status_and_report_show_all_of_it(chain, monkeypatch):
     monkeypatch.setattr(driver.report_page, "write_report", lambda chain, variants: [v.method for v in variants])
     assert driver.write_report(chain.schedule, [], []) == ["pgcd", "finetune"]
     assert driver.write_report(chain.schedule, ["pgcd"], []) == ["pgcd"]
+    assert driver.write_report(chain.schedule, ["pgcd", "mib"], []) == ["pgcd", "mib"], "the page says what is missing"
+    message = (
+        "got nothing of pgcd with seed 9, expected what was begun or scored: pgcd with seed 0, finetune with seed 0"
+    )
+    with pytest.raises(ValueError, match=message):
+        driver.write_report(chain.schedule, ["pgcd"], [9])

@@ -24,5 +24,5 @@ def run(args: argparse.Namespace) -> int:
     from nnunet_cil import driver
     from nnunet_cil.schedule import load_schedule
 
-    print(driver.write_report(load_schedule(args.schedule), args.methods, args.seeds))
+    print(driver.write_report(load_schedule(args.schedule), args.methods, args.seeds, must_be_there=True))
     return 0
