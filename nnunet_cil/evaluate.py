@@ -6,7 +6,6 @@ import csv
 import logging
 import math
 import os
-import warnings
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ from nnunet_cil.chain import JOINT, Chain, Variant, write_json
 from nnunet_cil.checkpoint import read_checkpoint
 from nnunet_cil.host_memory import keeping_freed_memory
 from nnunet_cil.labels import cumulative_labels
-from nnunet_cil.metrics import NO_FORWARD_TRANSFER, final_means, gap_to_joint, plasticity_gap, summary
+from nnunet_cil.metrics import NO_FORWARD_TRANSFER, final_means, gap_to_joint, over_seeds, plasticity_gap, summary
 from nnunet_cil.parallel import over_cases
 from nnunet_cil.report.paired import Scores, paired_differences
 from nnunet_cil.report.table import FinalScores, Row
@@ -442,11 +441,11 @@ def _row(chain: Chain, method: str, runs: Sequence[tuple[_Run, Mapping[str, floa
     for run, gaps in runs:
         by_seed[run.variant.seed].append((run, gaps))
     each = {
-        score: np.stack([_mean([run.matrices[score] for run, _ in folds]) for folds in by_seed.values()])
+        score: np.stack([over_seeds([run.matrices[score] for run, _ in folds])[0] for folds in by_seed.values()])
         for score in SCORES
     }
-    gaps = {name: [_mean([gap[name] for _, gap in folds]) for folds in by_seed.values()] for name in runs[0][1]}
-    mean = {score: _mean(matrices) for score, matrices in each.items()}
+    gaps = {name: [over_seeds([gap[name] for _, gap in folds])[0] for folds in by_seed.values()] for name in runs[0][1]}
+    mean = {score: over_seeds(matrices)[0] for score, matrices in each.items()}
     without_hd95 = np.isnan(mean["hd95_mm"][-1]) & ~np.isnan(mean["dice"][-1])
     total = {kind: sum(n or 0 for run, _ in runs for n in run.counts[kind][-1]) for kind in ("subjects", *ABSENCES)}
     at = learned_at(chain)
@@ -456,17 +455,10 @@ def _row(chain: Chain, method: str, runs: Sequence[tuple[_Run, Mapping[str, floa
         hd95_mm=np.nan if without_hd95.any() else final_means(mean["hd95_mm"], at)["mean"],
         n_scores=total["subjects"],
         **{kind: total[kind] for kind in ABSENCES},
-        **{name: float(_mean(values)) for name, values in gaps.items()},
+        **{name: float(over_seeds(values)[0]) for name, values in gaps.items()},
         gap_seeds=int(np.count_nonzero(~np.isnan(gaps["gap_to_joint"]))),
     )
     return Row(method, each["dice"], final)
-
-
-def _mean(values: Any) -> Any:
-    """Mean over the first axis of what is there; NaN where nothing is."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        return np.nanmean(values, 0)
 
 
 def _paired(chain: Chain, variants: Sequence[Variant]) -> dict[str, Any]:

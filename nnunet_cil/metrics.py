@@ -11,6 +11,7 @@ take the worst for the best.
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -35,6 +36,16 @@ def _checked(R: ArrayLike, learned_at: ArrayLike) -> tuple[NDArray[np.float64], 
 def _mean(values: NDArray[np.float64]) -> float:
     present = values[~np.isnan(values)]
     return float(present.mean()) if present.size else math.nan
+
+
+def over_seeds(values: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and standard deviation (one degree of freedom less) over the first axis, seeds or folds, of what is there.
+
+    NaN where there is too little: nothing for the mean, a single value for the deviation.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return np.nanmean(values, 0), np.nanstd(values, 0, ddof=1)
 
 
 def _row(scores: NDArray[np.float64], t: int) -> NDArray[np.float64]:

@@ -135,7 +135,7 @@ def plot_mean_dice(rows: Sequence[Row], learned_at: Sequence[int], path_png: Pat
             is_final = steps[-1] == len(values)
             label = f"{shown(marked(method))}  {'' if is_final else f'step {steps[-1]}: '}{values[steps[-1] - 1]:.1f}"
             if method in by_seed:
-                label += f" ±{np.nanstd(by_seed[method][:, steps[-1] - 1], ddof=1):.1f}"
+                label += f" ±{metrics.over_seeds(by_seed[method])[1][steps[-1] - 1]:.1f}"
                 for each in by_seed[method]:
                     axes.plot(range(1, len(each) + 1), each, ".", color=colour, markersize=4, alpha=0.7, clip_on=False)
             shared = {"color": colour, "marker": marker, "markeredgecolor": "white", "markeredgewidth": 0.7}

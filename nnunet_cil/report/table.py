@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -96,27 +95,20 @@ class Row:
     @cached_property
     def dice(self) -> NDArray[np.float64]:
         """``(T, K)`` mean over the seeds that have a score; NaN where none has one."""
-        return _over_seeds(self.by_seed)[0]
+        return metrics.over_seeds(self.by_seed)[0]
 
     @cached_property
     def dice_std(self) -> NDArray[np.float64]:
         """``(T, K)`` standard deviation over seeds (one degree of freedom less); NaN with one seed."""
-        return _over_seeds(self.by_seed)[1]
+        return metrics.over_seeds(self.by_seed)[1]
 
     def summary(self, learned_at: Sequence[int]) -> tuple[dict[str, float], dict[str, float]]:
         """Mean and standard deviation, over seeds, of ``metrics.summary``; the latter is NaN with one seed."""
         each = [metrics.summary(matrix, learned_at) for matrix in self.by_seed]
-        values = {key: _over_seeds(np.array([scores[key] for scores in each])) for key in each[0]}
+        values = {key: metrics.over_seeds(np.array([scores[key] for scores in each])) for key in each[0]}
         return {key: float(mean) for key, (mean, _) in values.items()}, {
             key: float(std) for key, (_, std) in values.items()
         }
-
-
-def _over_seeds(values: NDArray[np.floating]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean and standard deviation over the first axis, of what is there; NaN where that is too little."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        return np.nanmean(values, 0), np.nanstd(values, 0, ddof=1)
 
 
 def _hundredths(value: float, sign: str = "", spread: float = math.nan) -> str:
