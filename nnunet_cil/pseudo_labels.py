@@ -77,10 +77,17 @@ def entropy_histogram(labels: torch.Tensor, teacher_logits: torch.Tensor) -> tor
 
 
 def median_entropies(histogram: torch.Tensor, smallest: float = 1e-3) -> torch.Tensor:
-    """(n_old,) lower edge of the bin that holds each class's median entropy, at least ``smallest``."""
+    """(n_old,) median entropy of each class, at least ``smallest``.
+
+    Within the bin that holds it, it is interpolated, as if the voxels there were spread evenly. A class without voxels
+    has ``smallest``.
+    """
+    half = histogram.sum(1, dtype=torch.float64) / 2
     cumulated = histogram.cumsum(1)
-    median = (2 * cumulated < cumulated[:, -1:]).sum(1).clamp_max(ENTROPY_BINS - 1)
-    return (median / ENTROPY_BINS).clamp_min(smallest)
+    number = (cumulated < half[:, None]).sum(1, keepdim=True)
+    inside = histogram.gather(1, number)[:, 0]
+    share = (half - (cumulated.gather(1, number)[:, 0] - inside)) / inside.clamp_min(1)
+    return ((number[:, 0] + share) / ENTROPY_BINS).clamp_min(smallest).float()
 
 
 def rule_out(teacher_logits: torch.Tensor, classes: Sequence[Sequence[int]]) -> torch.Tensor:

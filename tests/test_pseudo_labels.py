@@ -88,19 +88,26 @@ def test_entropy_thresholds_are_medians_by_decision_over_the_background_labels()
     entropy = normalised_entropy(torch.softmax(logits, 1))[0, 0, :2000]
     decision = logits.argmax(1)[0, :2000]
     for c in range(2):
-        assert abs(float(entropy[decision == c].median() - thresholds[c])) <= 1 / ENTROPY_BINS
+        assert abs(float(entropy[decision == c].median() - thresholds[c])) <= 0.2 / ENTROPY_BINS
     merged = merge_pseudo_labels(labels, logits, by_entropy(thresholds), ignore_id=3)[0, 0]
     assert (merged[2000:] == 2).all()
     for c in range(2):
         accepted = (merged[:2000] == c).sum() / (decision == c).sum()
-        assert 0.4 < float(accepted) <= 0.5
+        assert 0.49 < float(accepted) < 0.51
 
 
-def test_entropy_thresholds_have_a_least_value():
-    """A teacher that is sure of everything would otherwise be believed nowhere."""
+def test_the_median_entropy_is_interpolated_in_its_bin():
+    histogram = torch.zeros(4, ENTROPY_BINS, dtype=torch.int64)
+    histogram[0, [0, 7, 50]] = torch.tensor([10, 40, 10])  # half of 60 are 10 of bin 0 and 20 of the 40 of bin 7
+    histogram[1, ENTROPY_BINS - 1] = 3
+    histogram[2, [3, 9]] = 5  # half of them are those of bin 3
+    torch.testing.assert_close(median_entropies(histogram), torch.tensor([0.075, 0.995, 0.04, 1e-3]))
+
+
+def test_a_teacher_that_is_sure_of_everything_is_believed():
     logits = torch.tensor([20.0, -20.0]).reshape(1, 2, 1).expand(1, 2, 50)
     thresholds = median_entropies(entropy_histogram(torch.zeros(1, 1, 50).long(), logits))
-    torch.testing.assert_close(thresholds, torch.tensor([1e-3, 1e-3]))
+    assert 1e-3 <= thresholds[0] <= 1 / ENTROPY_BINS
     merged = merge_pseudo_labels(torch.zeros(1, 1, 50).long(), logits, by_entropy(thresholds), ignore_id=3)
     assert (merged == 0).all()
 
