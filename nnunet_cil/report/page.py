@@ -16,6 +16,7 @@ from nnunet_cil.report import provenance
 from nnunet_cil.report.collect import Collected, Model, last_scores
 from nnunet_cil.report.colours import method_styles
 from nnunet_cil.report.gallery import Shelf
+from nnunet_cil.report.paired import labelled_by_seed
 from nnunet_cil.report.parts import (
     chip,
     code,
@@ -441,7 +442,7 @@ def _paired_table(found: Collected) -> str:
             interval = "n/a" if math.isnan(low) else f"{_hundred(low, sign='+')} to {_hundred(high, sign='+')}"
             p_text = "n/a" if math.isnan(p) else "&lt; 0.001" if p < 0.001 else f"{p:.3f}"
             name = f"{method_name(method, found.methods)}, {words.get(group, group)}"
-            seeds = ", ".join(_hundred(value, sign="+") for value in entry.get("by_seed", ()))
+            seeds = labelled_by_seed(entry["by_seed"], lambda value: _hundred(value, sign="+"))
             lines.append([name, _hundred(mean, sign="+"), interval, p_text, str(entry["n_subjects"]), seeds])
             if entry["note"]:
                 notes.append(f"{marked(method)}, {words.get(group, group)}: {entry['note']}.")

@@ -8,6 +8,7 @@ import pytest
 from nnunet_cil.report.paired import paired_difference, paired_differences, paired_table
 
 NAN = math.nan
+A, B, C = ((seed, "all") for seed in range(3))
 
 
 def one_class(*values, name="a"):
@@ -20,7 +21,7 @@ ZERO = one_class(0.0, 0.0, 0.0, 0.0)
 
 def test_by_hand():
     """All of 4 differences are positive: 2 of the 2**4 ways to set the signs are as far out."""
-    found = paired_difference({0: one_class(0.6, 0.7, 0.8, 0.9)}, {0: one_class(0.5, 0.5, 0.5, 0.5)}, ["a"])
+    found = paired_difference({A: one_class(0.6, 0.7, 0.8, 0.9)}, {A: one_class(0.5, 0.5, 0.5, 0.5)}, ["a"])
     assert found.mean == pytest.approx(0.25)
     assert found.p_value == pytest.approx(2 / 16)
     assert 0.1 <= found.low < 0.25 < found.high <= 0.4
@@ -28,28 +29,28 @@ def test_by_hand():
 
 
 def test_the_sign_is_method_minus_reference():
-    found = paired_difference({0: ZERO}, {0: one_class(0.1, 0.2, 0.3, 0.4)}, ["a"])
+    found = paired_difference({A: ZERO}, {A: one_class(0.1, 0.2, 0.3, 0.4)}, ["a"])
     assert found.mean == pytest.approx(-0.25)
     assert found.low < found.mean < found.high < 0
 
 
 def test_classes_are_averaged_in_each_subject_where_both_have_them():
-    method = {0: {"s0": {"a": 0.9, "b": 0.5, "c": 0.1}, "s1": {"a": 0.9, "b": None}, "s2": {"a": 0.7, "b": NAN}}}
-    reference = {0: {"s0": {"a": 0.5, "b": 0.3, "c": 0.9}, "s1": {"a": 0.8, "b": 0.0}, "s2": {"a": 0.6, "b": 0.0}}}
+    method = {A: {"s0": {"a": 0.9, "b": 0.5, "c": 0.1}, "s1": {"a": 0.9, "b": None}, "s2": {"a": 0.7, "b": NAN}}}
+    reference = {A: {"s0": {"a": 0.5, "b": 0.3, "c": 0.9}, "s1": {"a": 0.8, "b": 0.0}, "s2": {"a": 0.6, "b": 0.0}}}
     found = paired_difference(method, reference, ["a", "b"])
     assert found.mean == pytest.approx(np.mean([(0.4 + 0.2) / 2, 0.1, 0.1]))
 
 
 def test_only_subjects_and_seeds_that_both_have_are_compared():
-    method = {0: one_class(0.1, 0.2, 0.3, 0.4), 1: one_class(0.9, 0.9, 0.9, 0.9)}
-    found = paired_difference(method, {0: one_class(0.0, 0.0, 0.0), 2: ZERO}, ["a"])
+    method = {A: one_class(0.1, 0.2, 0.3, 0.4), B: one_class(0.9, 0.9, 0.9, 0.9)}
+    found = paired_difference(method, {A: one_class(0.0, 0.0, 0.0), C: ZERO}, ["a"])
     assert found.mean == pytest.approx(0.2)
     assert (found.n_subjects, found.n_seeds) == (3, 1)
 
 
 def test_seeds_are_averaged_by_subject():
-    method = {0: one_class(0.3, 0.1, 0.2, 0.5), 1: one_class(0.1, 0.3, 0.2)}
-    found = paired_difference(method, {0: ZERO, 1: ZERO}, ["a"])
+    method = {A: one_class(0.3, 0.1, 0.2, 0.5), B: one_class(0.1, 0.3, 0.2)}
+    found = paired_difference(method, {A: ZERO, B: ZERO}, ["a"])
     assert found.mean == pytest.approx(np.mean([0.2, 0.2, 0.2, 0.5])), (
         "a subject counts once, however many seeds it has"
     )
@@ -59,20 +60,22 @@ def test_seeds_are_averaged_by_subject():
 def test_more_seeds_of_the_same_subjects_are_no_larger_sample():
     values = one_class(0.1, -0.05, 0.3, 0.2, 0.0, 0.15)
     zero = one_class(*[0.0] * 6)
-    one = paired_difference({0: values}, {0: zero}, ["a"])
-    many = paired_difference({seed: values for seed in range(10)}, {seed: zero for seed in range(10)}, ["a"])
+    one = paired_difference({A: values}, {A: zero}, ["a"])
+    many = paired_difference(
+        {(seed, "all"): values for seed in range(10)}, {(seed, "all"): zero for seed in range(10)}, ["a"]
+    )
     assert (many.low, many.high, many.p_value, many.n_subjects) == (one.low, one.high, one.p_value, 6)
     assert many.n_seeds == 10
 
 
 def test_the_interval_is_the_same_each_time():
-    arguments = {0: one_class(0.1, 0.3, 0.2, 0.4)}, {0: ZERO}, ["a"]
+    arguments = {A: one_class(0.1, 0.3, 0.2, 0.4)}, {A: ZERO}, ["a"]
     assert paired_difference(*arguments) == paired_difference(*arguments)
 
 
 @pytest.mark.parametrize("n", [0, 1, 2])
 def test_below_three_subjects_there_is_no_interval(n):
-    found = paired_difference({0: one_class(*[0.5, 0.7][:n])}, {0: ZERO}, ["a"])
+    found = paired_difference({A: one_class(*[0.5, 0.7][:n])}, {A: ZERO}, ["a"])
     assert np.isnan([found.low, found.high, found.p_value]).all()
     assert found.n_subjects == n
     assert "fewer than 3" in found.note
@@ -80,7 +83,7 @@ def test_below_three_subjects_there_is_no_interval(n):
 
 
 def test_equal_differences_have_no_width_also_if_they_are_equal_but_for_rounding():
-    found = paired_difference({0: one_class(0.8, 0.6, 0.3)}, {0: one_class(0.7, 0.5, 0.2)}, ["a"])
+    found = paired_difference({A: one_class(0.8, 0.6, 0.3)}, {A: one_class(0.7, 0.5, 0.2)}, ["a"])
     assert 0.8 - 0.7 != 0.3 - 0.2
     assert found.low == found.high == found.mean == pytest.approx(0.1)
     assert found.p_value == pytest.approx(2 / 8)
@@ -88,7 +91,7 @@ def test_equal_differences_have_no_width_also_if_they_are_equal_but_for_rounding
 
 
 def test_no_difference_at_all_is_not_tested():
-    found = paired_difference({0: one_class(0.8, 0.6, 0.3)}, {0: one_class(0.8, 0.6, 0.3)}, ["a"])
+    found = paired_difference({A: one_class(0.8, 0.6, 0.3)}, {A: one_class(0.8, 0.6, 0.3)}, ["a"])
     assert (found.mean, found.low, found.high) == (0, 0, 0)
     assert math.isnan(found.p_value)
     assert "no test" in found.note
@@ -97,11 +100,11 @@ def test_no_difference_at_all_is_not_tested():
 def test_the_interval_holds_the_true_mean_about_19_times_in_20():
     """Of 20 subjects that differ, with seeds that differ more: taken for 60 subjects they would give 82 %."""
     rng = np.random.default_rng(0)
-    zero = {seed: one_class(*[0.0] * 20) for seed in range(3)}
+    zero = {model: one_class(*[0.0] * 20) for model in (A, B, C)}
     hits = []
     for _ in range(400):
         subjects = rng.normal(0.05, 0.1, 20)
-        method = {seed: one_class(*(subjects + rng.normal(0, 0.1, 20))) for seed in range(3)}
+        method = {model: one_class(*(subjects + rng.normal(0, 0.1, 20))) for model in (A, B, C)}
         found = paired_difference(method, zero, ["a"])
         hits.append(found.low <= 0.05 <= found.high)
     assert 0.9 <= np.mean(hits) <= 0.98
@@ -109,8 +112,8 @@ def test_the_interval_holds_the_true_mean_about_19_times_in_20():
 
 def test_groups_of_classes():
     scores = {
-        "pgcd": {0: {s: {"a": 0.5, "b": 0.5, "c": 0.5} for s in "xyz"}},
-        "mib": {0: {s: {"a": 0.1, "b": 0.3, "c": 0.9} for s in "xyz"}},
+        "pgcd": {A: {s: {"a": 0.5, "b": 0.5, "c": 0.5} for s in "xyz"}},
+        "mib": {A: {s: {"a": 0.1, "b": 0.3, "c": 0.9} for s in "xyz"}},
     }
     found = paired_differences(scores, "pgcd", ["a", "b", "c"], [1, 2, 3])
     assert list(found) == ["mib"]
@@ -123,9 +126,9 @@ def test_groups_of_classes():
 def test_table_as_a_whole():
     both = [{"liver": 0.9, "kidney": 0.8}] * 3
     scores = {
-        "pgcd": {0: {f"s{i}": entry for i, entry in enumerate(both)}},
+        "pgcd": {A: {f"s{i}": entry for i, entry in enumerate(both)}},
         "finetune": {
-            0: {"s0": {"liver": 0.1, "kidney": 0.8}, "s1": {"liver": 0.0, "kidney": 0.8}, "s2": {"kidney": 0.8}}
+            A: {"s0": {"liver": 0.1, "kidney": 0.8}, "s1": {"liver": 0.0, "kidney": 0.8}, "s2": {"kidney": 0.8}}
         },
     }
     assert (
@@ -146,31 +149,43 @@ finetune, new: no subject differs: no test.
 
 def test_several_seeds_are_shown_one_by_one():
     scores = {
-        "pgcd": {seed: one_class(0.5, 0.5, 0.5) for seed in (0, 1)},
-        "mib": {0: one_class(0.9, 0.8, 0.7), 1: one_class(0.1, 0.2, 0.3)},
-        "lwf": {0: one_class(0.4, 0.4, 0.4)},
+        "pgcd": {model: one_class(0.5, 0.5, 0.5) for model in (A, B)},
+        "mib": {A: one_class(0.9, 0.8, 0.7), B: one_class(0.1, 0.2, 0.3)},
+        "lwf": {A: one_class(0.4, 0.4, 0.4)},
     }
-    assert paired_difference(scores["mib"], scores["pgcd"], ["a"]).by_seed == pytest.approx((0.3, -0.3))
+    assert paired_difference(scores["mib"], scores["pgcd"], ["a"]).by_seed == pytest.approx({0: 0.3, 1: -0.3})
     header, _, *lines = paired_table(scores, "pgcd", ["a"], [1]).splitlines()[2:8]
     assert header.split()[-3:] == ["seeds", "by", "seed"]
     assert [line.split()[0] for line in lines] == ["mib", "mib", "lwf", "lwf"]
-    assert lines[0].split()[-3:] == ["2", "+30.0", "-30.0"]
-    assert lines[2].split()[-2:] == ["1", "-10.0"]
+    assert lines[0].split()[-5:] == ["2", "0:", "+30.0,", "1:", "-30.0"]
+    assert lines[2].split()[-3:] == ["1", "0:", "-10.0"]
+
+
+def test_folds_of_a_seed_are_no_further_seeds():
+    """Each seed counts once for a subject, and each fold is paired with itself."""
+    method = {(0, 0): one_class(0.3, 0.3, 0.3), (0, 1): one_class(0.9, 0.9, 0.9), B: one_class(0.2, 0.1, 0.3)}
+    reference = {(0, 0): one_class(0.2, 0.2, 0.2), (0, 1): one_class(0.6, 0.6, 0.6), B: one_class(0.0, 0.0, 0.0)}
+    found = paired_difference(method, reference, ["a"])
+    assert (found.n_subjects, found.n_seeds) == (3, 2)
+    assert found.by_seed == pytest.approx({0: 0.2, 1: 0.2})
+    assert found.mean == pytest.approx(0.2)
+    alone = paired_difference({(0, 0): method[0, 0]}, {(0, 1): reference[0, 1]}, ["a"])
+    assert alone.n_subjects == 0, "folds that only one of them has are no pair"
 
 
 def test_small_p_values_and_other_scores():
-    many = {"a": {0: one_class(*np.linspace(0.5, 0.7, 30))}, "b": {0: one_class(*[0.0] * 30)}}
+    many = {"a": {A: one_class(*np.linspace(0.5, 0.7, 30))}, "b": {A: one_class(*[0.0] * 30)}}
     text = paired_table(many, "b", ["a"], [1], score_name="NSD")
     assert text.startswith("NSD after the last step, difference to b")
     assert "<0.001" in text
 
 
 def test_a_method_alone_has_no_table():
-    assert paired_table({"pgcd": {0: ZERO}}, "pgcd", ["a"], [1]) == ""
+    assert paired_table({"pgcd": {A: ZERO}}, "pgcd", ["a"], [1]) == ""
 
 
 def test_wrong_arguments():
     with pytest.raises(ValueError, match="reference: got 'pgcd', expected one of"):
-        paired_differences({"mib": {0: ZERO}}, "pgcd", ["a"], [1])
+        paired_differences({"mib": {A: ZERO}}, "pgcd", ["a"], [1])
     with pytest.raises(ValueError, match="got 1 and 2 entries"):
-        paired_table({"mib": {0: ZERO}}, "mib", ["a"], [1, 2])
+        paired_table({"mib": {A: ZERO}}, "mib", ["a"], [1, 2])
