@@ -101,6 +101,29 @@ class TestSetScores:
     dice: Mapping[str, float]
 
 
+@dataclass(frozen=True)
+class StepCost:
+    """What a step of a method takes and what it finds of earlier steps' data, means over its trainings; None: unknown.
+
+    Attributes:
+        method, step: which; ``step`` is ``"step1"`` and so on, or ``"joint"``.
+        seconds: for pseudo-labels, training and prototypes.
+        memory_bytes, gpu_memory_bytes: largest use while training.
+        parameters_added: to the network of the step before.
+        prototype_bytes: size of the teacher's prototypes.
+        replay_bytes: size of the cases of earlier steps that are kept.
+    """
+
+    method: str
+    step: str
+    seconds: float | None
+    memory_bytes: float | None
+    gpu_memory_bytes: float | None
+    parameters_added: float | None
+    prototype_bytes: float | None
+    replay_bytes: float | None
+
+
 @dataclass(frozen=True, eq=False)
 class Collected:
     """All that a report shows.
@@ -120,6 +143,7 @@ class Collected:
         test_sha256: of the test set that the models were scored on; "" without scores.
         nsd_tolerance_mm: of the surface overlap.
         by_test_set: the test sets, if there are several.
+        step_costs: of all scored steps, by method.
         paired: differences to a reference, as ``evaluate.collect_scores`` gives them.
         own_settings: method -> its coefficients that differ from the schedule's.
         channels: channel names of the images, by their number.
@@ -143,6 +167,7 @@ class Collected:
     test_sha256: str
     nsd_tolerance_mm: float
     by_test_set: tuple[TestSetScores, ...]
+    step_costs: tuple[StepCost, ...]
     paired: Mapping[str, Any]
     own_settings: Mapping[str, Mapping[str, Any]]
     channels: Mapping[str, str]
@@ -163,6 +188,11 @@ class Collected:
     def first_run(self, method: str) -> Run:
         """The run of a method's first seed and fold."""
         return next(run for run in self.runs if run.method == method)
+
+
+def total_seconds(cost: Mapping[str, float | None]) -> float | None:
+    """Time for pseudo-labels, training and prototypes, from the content of a ``cost.json``; None without any."""
+    return sum(cost.get(f"seconds_{part}") or 0 for part in ("training", "preparing", "prototypes")) or None
 
 
 def last_scores(runs: Sequence[Run], classes: Sequence[str], score: str) -> tuple[list[str], NDArray[np.float64]]:
@@ -251,6 +281,7 @@ def collect(chain: Chain, variants: Sequence[Variant]) -> Collected:
         test_sha256=next((model.test_sha256 for model in scored), ""),
         nsd_tolerance_mm=chain.schedule.nsd_tolerance_mm,
         by_test_set=_by_test_set(content["runs"]),
+        step_costs=_step_costs(content["runs"]),
         paired=content.get("paired", {}),
         own_settings={variant.method: _own_settings(chain, variant) for variant in variants},
         channels=_channels(chain, runs, problems),
@@ -278,6 +309,26 @@ def _by_test_set(runs: Sequence[Mapping[str, Any]]) -> tuple[TestSetScores, ...]
         )
         for number, one in sorted(sets.items())
     )
+
+
+def _step_costs(runs: Sequence[Mapping[str, Any]]) -> tuple[StepCost, ...]:
+    """From the runs of ``collect_scores``; the ensemble has none."""
+    found: dict[tuple[str, str], list[tuple[float | None, ...]]] = {}
+    for run in (run for run in runs if run["fold"] != ENSEMBLE):
+        for step, parameters in run["parameters"].items():
+            cost, kept = run["cost"].get(step, {}), (run["bytes_kept"] or {}).get(step, {})
+            memory = (cost.get("peak_memory_bytes"), cost.get("peak_gpu_memory_bytes"))
+            numbers = (total_seconds(cost), *memory, parameters["added"], kept.get("prototypes"), kept.get("replay"))
+            found.setdefault((run["method"], step), []).append(numbers)
+    return tuple(
+        StepCost(method, step, *(_mean_of_known(column) for column in zip(*rows, strict=True)))
+        for (method, step), rows in found.items()
+    )
+
+
+def _mean_of_known(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
 
 
 def _checks(chain: Chain, runs: Sequence[Run], problems: list[str]) -> tuple[Check, ...]:

@@ -13,7 +13,7 @@ import yaml
 from nnunet_cil import metrics
 from nnunet_cil.chain import JOINT
 from nnunet_cil.report import provenance
-from nnunet_cil.report.collect import Collected, Model, last_scores
+from nnunet_cil.report.collect import Collected, Model, last_scores, total_seconds
 from nnunet_cil.report.colours import method_styles
 from nnunet_cil.report.gallery import Shelf
 from nnunet_cil.report.paired import labelled_by_seed
@@ -326,6 +326,7 @@ def _numbers(found: Collected) -> str:
         _beside_table(found),
         _paired_table(found),
         _surface_table(found),
+        _cost_table(found),
     ]
     return "".join([*tables, details("Dice after every step", "".join(by_step))])
 
@@ -487,6 +488,41 @@ def _surface_table(found: Collected) -> str:
     return details("Distances between the outlines", "".join(parts) + paragraph(note, "quiet"))
 
 
+def _cost_table(found: Collected) -> str:
+    """Time, memory, network growth and what is kept of earlier data, by step; "" where nothing is scored."""
+    header = ["method, step", "time", "memory", "GPU memory", "parameters added", "prototypes", "scans kept"]
+    lines = []
+    for one in found.step_costs:
+        if one.step == "step1" and lines:
+            continue  # all methods share it
+        is_joint = one.step == JOINT
+        step = "all organs" if is_joint else one.step.replace("step", "step ")
+        name = "step 1, of all methods" if one.step == "step1" else f"{method_name(one.method, found.methods)}, {step}"
+        kept = ["all data"] * 2 if is_joint else [_kib(one.prototype_bytes), _kib(one.replay_bytes)]
+        lines.append(
+            [
+                name,
+                _duration(one.seconds) if one.seconds is not None else "",
+                _gib(one.memory_bytes),
+                _gib(one.gpu_memory_bytes),
+                f"{one.parameters_added:,.0f}" if one.parameters_added is not None else "",
+                *kept,
+            ]
+        )
+    if not lines:
+        return ""
+    note = (
+        "Means over trainings. Time is that of pseudo-labels, training and prototypes; memory the most that a training "
+        "had at once. The last two columns are what a step finds of earlier data: the prototypes beside the model "
+        "before, which only prototype methods read, and the scans that a method keeps."
+    )
+    return details("What a step takes, and what it keeps", table("By step", header, lines) + paragraph(note, "quiet"))
+
+
+def _kib(size: float | None) -> str:
+    return "" if size is None else "none" if size == 0 else f"{max(size / 1024, 0.1):,.1f} KiB"
+
+
 def _mean_of(values: np.ndarray, n_cases: int) -> str:
     present = values[~np.isnan(values)]
     if not present.size:
@@ -543,8 +579,7 @@ def _model_line(model: Model, methods: Sequence[str]) -> list[str]:
     which = f"seed {model.seed}, fold {model.fold}"
     name = "all organs" if model.step == JOINT else f"step {model.step}"
     state = "scored" if model.scores is not None else "trained" if model.trained else "not trained yet"
-    spent = [model.cost.get(f"seconds_{part}") for part in ("training", "preparing", "prototypes")]
-    seconds, each = sum(s or 0 for s in spent) or None, model.cost.get("seconds_per_iteration")
+    seconds, each = total_seconds(model.cost), model.cost.get("seconds_per_iteration")
     memory, gpu_memory = (model.cost.get(key) for key in ("peak_memory_bytes", "peak_gpu_memory_bytes"))
     return [
         f"{method_name(model.method, methods)}, {name} <small>{escape(which)}</small>",
@@ -552,9 +587,14 @@ def _model_line(model: Model, methods: Sequence[str]) -> list[str]:
         element("code", escape(model.checkpoint_sha256[:16])) if model.checkpoint_sha256 else "",
         _duration(seconds) if seconds is not None else "",
         f"{each:.2f} s" if each is not None else "",
-        *(f"{size / 2**30:.1f} GiB" if size is not None else "" for size in (memory, gpu_memory)),
+        _gib(memory),
+        _gib(gpu_memory),
         escape(", ".join(f"torch {v}" if k == "torch" else v for k, v in model.machine.items())),
     ]
+
+
+def _gib(size: float | None) -> str:
+    return f"{size / 2**30:.1f} GiB" if size is not None else ""
 
 
 def _duration(seconds: float) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import SimpleITK
 
 from nnunet_cil.chain import JOINT, Chain, Variant, write_json
-from nnunet_cil.evaluate import evaluation_file, scored_as
+from nnunet_cil.evaluate import REPLAY_FILE, evaluation_file, scored_as
 from nnunet_cil.prototypes import PrototypeStore
 from nnunet_cil.schedule import load_schedule
 from tests.conftest import write_tiny_dataset
@@ -112,7 +112,7 @@ def write_scores(
         "seed": variant.seed,
         "step": step,
         "fold": fold,
-        "parameters": 1000,
+        "parameters": 1000 + 9 * (chain.n_steps if step == JOINT else int(step)),
         "scores": entries,
         "absent": absent,
     }
@@ -171,6 +171,8 @@ def write_model(chain: Chain, variant: Variant, step: int | str, terms: dict[str
     write_json(model / "dataset.json", {"channel_names": {"0": "CT"}, "labels": {}, "file_ending": ".nii.gz"})
     cost = {"seconds_training": 90.0, "seconds_per_iteration": 0.25, "peak_memory_bytes": 2**31}
     write_json(folder / "cost.json", {**cost, "peak_gpu_memory_bytes": None})
+    if variant.method == "replay" and step not in (1, JOINT):
+        write_json(folder / REPLAY_FILE, {"bytes": 3 * 2**20, "cases": {}})
     debug = {"device": "cpu", "torch_version": "9.9.9", "hostname": "secret-host", "output_folder": "/home/secret/x"}
     write_json(folder / "debug.json", debug)
     write_log(folder, terms or {"": [0.0, 0.0]})

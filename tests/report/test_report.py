@@ -150,6 +150,23 @@ def test_missed_organs_and_the_gap_to_joint_are_told(whole):
     assert lines["joint"][4:] == ["n/a", "n/a"]
 
 
+def test_what_a_step_takes_and_keeps_is_told(whole):
+    rows = {cells[0]: cells[1:] for cells in Page(whole).rows("By step")}
+    assert list(rows) == [
+        "step 1, of all methods",
+        "pgcd, step 2",
+        "finetune, step 2",
+        "replay (not privacy-safe), step 2",
+        "joint, all organs",
+    ]
+    assert rows["step 1, of all methods"] == ["2 min", "2.0 GiB", "", "", "none", "none"]
+    time, memory, gpu_memory, added, prototypes, scans = rows["replay (not privacy-safe), step 2"]
+    assert (time, memory, gpu_memory, added, scans) == ("2 min", "2.0 GiB", "", "9", "3,072.0 KiB")
+    assert 0.5 < float(prototypes.removesuffix(" KiB")) < 10
+    assert rows["pgcd, step 2"] == [time, memory, gpu_memory, added, prototypes, "none"]
+    assert rows["joint, all organs"][3:] == ["", "all data", "all data"]
+
+
 def test_several_test_sets_have_a_column_each(chain):
     write_test_set(chain, ("a", "b", "c"))
     path = chain.folder / "test" / "test.json"
