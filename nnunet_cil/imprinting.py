@@ -33,14 +33,18 @@ class ClassStatistics:
         self.squares = torch.zeros(n, n_channels, n_channels, dtype=torch.float64)
 
     def add(self, features: torch.Tensor, labels: torch.Tensor) -> None:
-        """Take features (B, D, *S) with labels (B, *S); those outside [0, n) are left out."""
+        """Take features (B, D, *S) with labels (B, *S); those outside [0, n) are left out.
+
+        Under autocast too, never in half precision: a second moment over a patch exceeds float16's largest number.
+        """
         counts, sums = masked_sums(labels, len(self.counts), features)
         self.sums += sums.cpu().double()
         self.counts += counts.cpu().double()
         by_voxel = features.flatten(2).mT
         for c in range(len(self.counts)):
             chosen = by_voxel[labels.flatten(1) == c]
-            self.squares[c] += (chosen.mT @ chosen).cpu().double()
+            with torch.autocast(features.device.type, enabled=False):
+                self.squares[c] += (chosen.mT @ chosen).cpu().double()
 
     def reduce(self) -> None:
         """Add up over distributed ranks; without a process group nothing changes."""

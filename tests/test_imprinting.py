@@ -48,6 +48,20 @@ def test_moments_equal_a_loop_over_voxels_and_leave_other_labels_out():
         torch.testing.assert_close(statistics.squares[c], stacked.T @ stacked, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_moments_are_those_of_full_precision_under_autocast(dtype):
+    """A sum of squares over a patch exceeds 65504, the largest number of float16."""
+    features = 3 + torch.randn(1, 4, 40, 40, 40, generator=torch.Generator().manual_seed(0))
+    labels = (features[:, 0] > 4).long()
+    full, under = ClassStatistics(2, 4), ClassStatistics(2, 4)
+    full.add(features, labels)
+    assert full.squares.max() > torch.finfo(torch.float16).max
+    with torch.autocast("cpu", dtype):
+        under.add(features, labels)
+    assert torch.equal(under.squares, full.squares)
+    assert torch.equal(under.sums, full.sums)
+
+
 def test_a_class_without_voxels_is_refused():
     statistics = ClassStatistics(3, 2)
     statistics.add(torch.randn(1, 2, 6), torch.tensor([[0, 0, 1, 1, -1, -1]]))

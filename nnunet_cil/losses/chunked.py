@@ -54,6 +54,18 @@ def _is_one(factor: torch.Tensor) -> bool:
     return factor.device.type == "cpu" and factor.item() == 1
 
 
+def _scaled(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Their product in the gradient's type; the factor, which may be the loss's scale, need not fit into that."""
+    if _is_one(factor):
+        return gradient
+    if gradient.dtype == factor.dtype:
+        return gradient * factor
+    result = torch.empty_like(gradient)
+    for image, whole in zip(result, gradient, strict=True):
+        image.copy_(whole.to(factor.dtype) * factor)
+    return result
+
+
 def piece(tensor: torch.Tensor, b: int, where: slice) -> torch.Tensor:
     """What `chunks` chose as (1, C, v), at least float32, voxels side by side: a channels-last one is turned."""
     part = at_least_float32(tensor[b : b + 1, :, where]).flatten(2)
@@ -82,5 +94,5 @@ class _SumsOverChunks(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        scaled = [g if _is_one(u) else g * u.to(g.dtype) for g, u in zip(ctx.saved_tensors, upstream, strict=True)]
+        scaled = [_scaled(g, u) for g, u in zip(ctx.saved_tensors, upstream, strict=True)]
         return None, None, *(g.flatten(2).unflatten(2, shape[2:]) for g, shape in zip(scaled, ctx.shapes, strict=True))

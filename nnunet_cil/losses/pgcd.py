@@ -237,7 +237,7 @@ class PGCDLoss(nn.Module):
                 chosen = slice(self._turn, None, self.voxel_stride)
                 self._turn = (self._turn + 1) % self.voxel_stride
             mask = rows(((labels < self.n_old) | (labels >= student_logits.shape[1]))[:, None])[:, 0]
-            share = mask / mask[:, chosen].sum().clamp_min(1)
+            share = 1 / mask[:, chosen].sum().clamp_min(1)
 
             def terms(b: int, where: slice, *inputs: torch.Tensor) -> list:
                 logits, features = (piece(tensor, b, where) for tensor in (z_t, f_t))
@@ -255,7 +255,8 @@ class PGCDLoss(nn.Module):
                     decision = None if self.balance is None else logits.argmax(1)
                     channel = pgcd_channel(inputs[-1], features, assignment, own, middle, decision, self.balance)
                     found.append(channel)
-                weighted = [share[b, where].flatten()[None] * weight for _, weight in named.values()]
+                taking_part = mask[b, where].flatten()[None]
+                weighted = [taking_part * weight for weight in within]
                 return [
                     ((by_voxel * values).sum(), gradient.mul_(by_voxel[:, None]))
                     for by_voxel, (values, gradient) in zip(weighted, found, strict=True)
@@ -266,5 +267,10 @@ class PGCDLoss(nn.Module):
                 named["pgcd_spatial"] = (student_logits, 1.0)
             if self.eta:
                 named["pgcd_channel"] = (student_features, self.eta)
-            means = sums_over_chunks(terms, *(tensor for tensor, _ in named.values()), chosen=chosen)
+            # float16 would lose derivatives as small as a voxel's share: there they get it along with the loss's scale
+            is_late = [tensor.dtype == torch.float16 for tensor, _ in named.values()]
+            weights_of_terms = [share * weight for _, weight in named.values()]
+            within = [1.0 if late else weight for late, weight in zip(is_late, weights_of_terms, strict=True)]
+            sums = sums_over_chunks(terms, *(tensor for tensor, _ in named.values()), chosen=chosen)
+            means = [s * w if late else s for s, w, late in zip(sums, weights_of_terms, is_late, strict=True)]
             return dict(zip(named, means, strict=True))

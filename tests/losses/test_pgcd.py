@@ -313,7 +313,31 @@ def test_half_precision_ends_at_the_loss(dtype):
         setattr(batch, name, getattr(batch, name).float())
     for name, expected in batch.loss().items():
         assert terms[name].dtype == torch.float32
-        assert torch.equal(terms[name], expected)
+        # float16 is divided by the number of voxels last
+        torch.testing.assert_close(terms[name], expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("stride", [1, 4])
+@pytest.mark.parametrize("loss_scale", [2.0**16, 2.0**10])
+def test_gradients_in_float16_are_those_of_float32(loss_scale, stride):
+    """A voxel's share of a large patch is below float16's smallest number, the loss's scale above its largest."""
+    halves = Batch(spatial=(32, 64, 64))
+    names = ("student_logits", "student_features")
+    for name in (*names, "teacher_logits", "teacher_features"):
+        setattr(halves, name, getattr(halves, name).half())
+    gradients = {}
+    for dtype in (torch.float16, torch.float32):
+        batch = Batch(spatial=(32, 64, 64))
+        for name in (*names, "teacher_logits", "teacher_features"):
+            setattr(batch, name, getattr(halves, name).to(dtype))
+        inputs = [getattr(batch, name).requires_grad_() for name in names]
+        terms = batch.loss(voxel_stride=stride)
+        gradients[dtype] = torch.autograd.grad(loss_scale * sum(terms.values()), inputs)
+    for name, half, full in zip(names, gradients[torch.float16], gradients[torch.float32], strict=True):
+        assert half.dtype == torch.float16
+        assert full.abs().max() > 0, name
+        error = (half.float() - full).norm() / full.norm()
+        assert error < 0.01, f"{name}: {error}"
 
 
 def test_without_eta_the_channel_term_is_not_computed():
