@@ -15,7 +15,7 @@ from nnunet_cil.objectives.finetune import Finetune
 def diagonal_fisher(
     network: nn.Module, patches: Iterator[torch.Tensor], n_patches: int, generator: torch.Generator
 ) -> dict[str, torch.Tensor]:
-    """Diagonal of the Fisher information of a network's parameters, by name, divided by its largest entry.
+    """Diagonal of the Fisher information of a network's parameters, by name, each divided by its largest entry.
 
     Mean over the patches of the squared gradient of the mean log-probability of labels drawn from the network's own
     prediction (arXiv:1612.00796, section 2.1): no labels of the old classes are needed.
@@ -37,16 +37,16 @@ def diagonal_fisher(
         for name, parameter in network.named_parameters():
             if parameter.grad is not None:
                 fisher[name] += parameter.grad.square()
-    largest = max(float(value.max()) for value in fisher.values())
-    return {name: value / largest if largest else value for name, value in fisher.items()}
+    return {name: value / value.max().clamp_min(1e-30) for name, value in fisher.items()}
 
 
 class EWC(Finetune):
     """Finetuning with a quadratic penalty on leaving what mattered for the old classes (eq. 3).
 
     Differs from the paper: the Fisher information is estimated on the new scans, as the old ones are gone, once at the
-    start of each step from the model before (one teacher, no sum over steps), and scaled to a largest entry of 1, so
-    that the coefficient does not depend on the network. The rows of new classes are free.
+    start of each step from the model before (one teacher, no sum over steps). As in the code of MiB and PLOP, from
+    which the coefficient is, the largest entry of each parameter is 1, and there is no factor of one half. The rows of
+    new classes are free.
     """
 
     def start(self, teacher, anchor, patches):
@@ -68,4 +68,4 @@ class EWC(Finetune):
         for number, name in enumerate(self._names):
             importance, anchor = getattr(self, f"importance_{number}"), getattr(self, f"anchor_{number}")
             penalty.append((importance * (parameters[name][: len(anchor)] - anchor).square()).sum())
-        return {"ewc": 0.5 * self.settings["lambda_ewc"] * torch.stack(penalty).sum()}
+        return {"ewc": self.settings["lambda_ewc"] * torch.stack(penalty).sum()}
