@@ -124,15 +124,22 @@ def _features(network: nn.Module, tap: FeatureTap, x: torch.Tensor) -> torch.Ten
 
 
 def transported(
-    store: PrototypeStore, previous: PrototypeStore, shift: torch.Tensor, counts: torch.Tensor
+    store: PrototypeStore,
+    previous: PrototypeStore,
+    shift: torch.Tensor,
+    counts: torch.Tensor,
+    accumulator: PrototypeAccumulator,
 ) -> PrototypeStore:
     """Replace the old classes' means by those of before, moved with the features and merged by counts.
+
+    Centre and temperature become those of the new means.
 
     Args:
         store: re-extracted with the new model.
         previous: of the model before.
         shift: (K, D) summed difference of the features, new model minus the one before.
         counts: (K,) voxels in ``shift``.
+        accumulator: the one that gave ``store``.
     """
     means, totals = store.means.copy(), store.counts.astype(np.float64).copy()
     for row, name in enumerate(store.class_names):
@@ -144,4 +151,6 @@ def transported(
             previous.means[old], old_count, (shift[row] / counts[row]).numpy(), store.means[row], totals[row]
         )
         totals[row] += old_count
-    return replace(store, means=means, counts=totals.astype(store.counts.dtype))
+    centre, tau = accumulator.centre_and_temperature(means)
+    counted = totals.astype(store.counts.dtype)
+    return replace(store, means=means, counts=counted, centre=centre.astype(np.float32), tau=tau)

@@ -314,12 +314,9 @@ class PrototypeAccumulator:
                 old = previous.class_names.index(class_names[row])
                 means[row], spread[row] = previous.means[old], previous.spread[old]
                 stale[row] = np.isfinite(means[row]).all()
-        usable = np.isfinite(means).all(1)
-        if not usable.any():
+        if not np.isfinite(means).all(1).any():
             raise ValueError("prototypes: got no voxel of any class, expected at least background. Check the labels.")
-        centre = means[usable].mean(0)
-        labels = np.repeat(np.arange(len(counts)), [len(samples) for samples in self._samples])
-        tau = choose_temperature(np.concatenate(self._samples), labels, means, centre)
+        centre, tau = self.centre_and_temperature(means)
         return PrototypeStore(
             class_names=tuple(class_names),
             means=means.astype(np.float32),
@@ -332,6 +329,12 @@ class PrototypeAccumulator:
             checkpoint_sha256=checkpoint_sha256,
             feature_path=feature_path,
         )
+
+    def centre_and_temperature(self, means: np.ndarray) -> tuple[np.ndarray, float]:
+        """Mean (D,) of the prototypes (K, D) without NaN, and their temperature on the sampled features."""
+        centre = means[np.isfinite(means).all(1)].mean(0)
+        labels = np.repeat(np.arange(len(self.counts)), [len(samples) for samples in self._samples])
+        return centre, choose_temperature(np.concatenate(self._samples), labels, means, centre)
 
 
 def choose_temperature(

@@ -137,7 +137,8 @@ class PseudoLabelCache:
     Args:
         folder: parent of all caches of a dataset, outside nnU-Net's data folder.
         key: everything beside the case's own labels that the result depends on; ``n_classes`` among it. Voxels on
-            which the teacher is not believed get the id ``n_classes``.
+            which the teacher is not believed get the id ``n_classes``, and so do labels from ``ignored_from`` on, where
+            it is there: a case of an earlier step has that step's id for ignored voxels.
     """
 
     def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
@@ -216,6 +217,7 @@ class PseudoLabelCache:
     ) -> None:
         n_classes = self.key["n_classes"]
         own = torch.from_numpy(seg.astype(np.int64))[None]
+        own = torch.where(own >= self.key.get("ignored_from", n_classes), n_classes, own)
         logits = rule_out(logits[None], [ruled_out])
         merged = merge_pseudo_labels(own, logits, accepts, ignore_id=n_classes)[0].numpy()
         locations = nnunet_api.class_locations(merged, range(1, n_classes), with_annotated)

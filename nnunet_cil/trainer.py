@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
 import resource
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
@@ -280,12 +281,16 @@ class IncrementalTrainer(nnUNetTrainer):
             return training, validation
         needs_labels = self.objective_class.uses_pseudo_labels or self.objective_class.uses_prototypes
         labelled_by_teacher = sorted({*(training.identifiers if needs_labels else ()), *validation.identifiers})
-        if self.block.settings["pseudo_labels"] != "off" and not self.online:
-            self._cache = self._make_pseudo_labels(labelled_by_teacher)
-            validation = PseudoLabelDataset(validation, self._cache)
-            if self.objective_class.uses_pseudo_labels:
-                training = PseudoLabelDataset(training, self._cache)
-        self._build_objective(training)
+        if self.block.settings["pseudo_labels"] == "off" or (self.online and not self.objective_class.uses_prototypes):
+            self._build_objective(training)
+        else:  # online, prototypes still take their old organs from it
+            self._cache = self._make_pseudo_labels(labelled_by_teacher, training=training.identifiers)
+            labelled = (
+                PseudoLabelDataset(training, self._cache) if self.objective_class.uses_pseudo_labels else training
+            )
+            self._build_objective(labelled)
+            if not self.online:
+                training, validation = labelled, PseudoLabelDataset(validation, self._cache)
         if self.objective_class.replays:
             training = JoinedDataset({"": training, **self._kept_cases()})
         return training, validation
@@ -302,7 +307,8 @@ class IncrementalTrainer(nnUNetTrainer):
             chosen = np.random.default_rng([self.block.training.seed or 0, step]).permutation(len(cases))
             cases = sorted(cases[i] for i in chosen[: self.block.settings["replay_cases"]])
             dataset = nnunet_api.preprocessed_dataset(folder, cases)
-            cache = self._make_pseudo_labels(cases, dataset, kept_cases_of(step))
+            n_then = 1 + sum(map(len, self.block.classes[:step]))
+            cache = self._make_pseudo_labels(cases, dataset, {"of": kept_cases_of(step), "ignored_from": n_then})
             kept[f"step{step}"] = PseudoLabelDataset(dataset, cache)
             listing[f"step{step}"] = cases
             n_bytes += sum(path.stat().st_size for case in cases for path in nnunet_api.case_files(folder, case))
@@ -325,8 +331,17 @@ class IncrementalTrainer(nnUNetTrainer):
             f"{len(training.identifiers)} training cases, expected at least one. Check the labels or the class map."
         )
 
-    def _make_pseudo_labels(self, cases: list[str], kept: Any = None, what: str = "") -> PseudoLabelCache:
-        """Pseudo-labels of the step's own cases, or of cases that are kept of an earlier one."""
+    def _make_pseudo_labels(
+        self, cases: list[str], kept: Any = None, what: Mapping[str, Any] | None = None, training: Sequence[str] = ()
+    ) -> PseudoLabelCache:
+        """Pseudo-labels of the step's own cases, or of cases that are kept of an earlier one.
+
+        Args:
+            cases: to make.
+            kept: dataset of kept cases.
+            what: what the cache's key says of these.
+            training: the training cases among them.
+        """
         settings, block = self.block.settings, self.block
         mirror_axes = self.teacher.mirror_axes if settings["pseudo_label_mirroring"] else None
         dataset = nnunet_api.preprocessed_dataset(Path(self.preprocessed_dataset_folder)) if kept is None else kept
@@ -342,9 +357,9 @@ class IncrementalTrainer(nnUNetTrainer):
         believed = {"tau_old": settings["tau_old"], "tau_background": settings["tau_background"]}
         accepts = self._believed()
         if kept is not None:
-            believed, accepts = believed | {"of": what}, only_organs(accepts)
+            believed, accepts = believed | dict(what or {}), only_organs(accepts)
         elif self.objective_class.pseudo_label_rule == "entropy":
-            thresholds = self._entropy_thresholds(dataset, mine, window)
+            thresholds = self._entropy_thresholds(dataset, training, window)
             believed, accepts = {"entropy": thresholds.tolist()}, by_entropy(thresholds)
         key = {
             "teacher": self.teacher.sha256,
@@ -371,11 +386,22 @@ class IncrementalTrainer(nnUNetTrainer):
         self.print_to_log_file(f"pseudo-labels: {made} cases made, {len(cases)} in use, in {cache.folder.name}")
         return cache
 
-    def _entropy_thresholds(self, dataset, cases: list[str], window: nnunet_api.SlidingWindow) -> torch.Tensor:
-        """PLOP's median entropies by class, over the step's cases on all ranks."""
+    def _entropy_thresholds(self, dataset, training: Sequence[str], window: nnunet_api.SlidingWindow) -> torch.Tensor:
+        """PLOP's median entropies by class, over the step's training cases on all ranks.
+
+        They are kept, as a training that is resumed has to go on with the same ones to the last bit.
+        """
+        cases = sorted(training)
+        digest = hashlib.sha256(f"{self.teacher.sha256} {self.configuration_name} {cases}".encode())
+        for case in cases:
+            digest.update(np.ascontiguousarray(np.asarray(dataset.load_case(case)[1][:])).tobytes())
+            digest.update(repr(self._relabelled.get(case, ())).encode())
+        path = Path(self.preprocessed_dataset_folder_base, "pseudo_labels", f"entropy_{digest.hexdigest()[:16]}.json")
+        if path.is_file():
+            return torch.tensor(json.loads(path.read_text(encoding="utf-8"))["thresholds"])
         histogram = torch.zeros(self.block.n_old, ENTROPY_BINS, dtype=torch.int64)
         with self._autocast():
-            for case in cases:
+            for case in cases[self.local_rank :: dist.get_world_size() if self.is_ddp else 1]:
                 image, seg, _, _ = dataset.load_case(case)
                 labels = torch.from_numpy(np.asarray(seg[:]).astype(np.int64))[None]
                 logits = rule_out(window.logits(image)[None], [self._relabelled.get(case, ())])
@@ -385,6 +411,9 @@ class IncrementalTrainer(nnUNetTrainer):
             dist.all_gather_object(histograms, histogram)
             histogram = torch.stack(histograms).sum(0)
         thresholds = median_entropies(histogram)
+        if self.local_rank == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"thresholds": thresholds.tolist()})
         self.print_to_log_file(f"Entropy thresholds by class: {[round(t, 4) for t in thresholds.tolist()]}")
         return thresholds
 
@@ -738,7 +767,7 @@ class IncrementalTrainer(nnUNetTrainer):
         accumulator.reduce()
         store = accumulator.finish(names, self.block.step, sha256, path, previous)
         if transporting:
-            store = transported(store, previous, reduced(shift), reduced(counts))
+            store = transported(store, previous, reduced(shift), reduced(counts), accumulator)
         return store
 
     def _image_and_sure_labels(self, dataset, case: str) -> tuple[Any, Any]:

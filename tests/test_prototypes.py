@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from nnunet_cil.extraction import transported
 from nnunet_cil.prototypes import (
     PrototypeAccumulator,
     PrototypeStore,
@@ -320,6 +321,22 @@ def test_temperature_out_of_reach_is_at_a_bound():
     means = np.array([[1.0, 0.0], [-1.0, 0.0]])
     wrong_side = choose_temperature(np.array([[-1.0, 0.0]]), np.array([0]), means, np.zeros(2))
     assert wrong_side == pytest.approx(1e-3)
+
+
+def test_transport_takes_centre_and_temperature_of_the_new_means():
+    rng = np.random.default_rng(0)
+    features = torch.from_numpy(rng.normal(0, 1, (1, D, 400)))
+    labels = torch.from_numpy(rng.integers(0, K, (1, 400)))
+    features[0, 0] += 4 * labels[0]
+    accumulator = accumulated([(features, labels)])
+    store, before = finished(accumulator), finished(accumulated([(features + 1, labels)]))
+    moved = transported(store, before, torch.full((K, D), 30.0), torch.full((K,), 10.0), accumulator)
+    assert np.abs(moved.means - store.means).max() > 1
+    np.testing.assert_allclose(moved.centre, moved.means.mean(0), rtol=1e-5)
+    samples, classes = features[0].T.numpy(), labels[0].numpy()
+    expected = choose_temperature(samples, classes, moved.means.astype(float), moved.means.mean(0).astype(float))
+    assert moved.tau == pytest.approx(expected, rel=1e-3)
+    assert moved.tau != pytest.approx(store.tau, rel=1e-2)
 
 
 def test_transport_moves_the_old_mean_and_merges_by_counts():

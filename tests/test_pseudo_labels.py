@@ -160,6 +160,16 @@ def test_cache_gives_the_merged_case_with_its_locations(tmp_path, dataset):
     np.testing.assert_array_equal(cache.counts(["a", "b.c"]), 2 * np.bincount(expected.astype(int).ravel())[:3])
 
 
+def test_labels_that_an_earlier_step_ignored_stay_ignored(tmp_path, dataset):
+    """Its id for them is that of a class which a later step learned."""
+    dataset.cases["a"][1][0, :2] = 2  # ignored then, as that step had background and one class
+    cache = PseudoLabelCache(tmp_path, KEY | {"ignored_from": 2})
+    cache.fill(dataset, ["a"], teacher, BELIEVED, (4, 4, 4), with_annotated=True)
+    seg, locations = cache.load("a")
+    assert (np.asarray(seg[:])[0, :2] == KEY["n_classes"]).all()
+    assert len(locations[2]) == 0
+
+
 def test_cache_is_made_once_a_label_file_teacher_and_setting(tmp_path, dataset):
     fill = {"accepts": BELIEVED, "patch_size": (4, 4, 4), "with_annotated": False}
     assert PseudoLabelCache(tmp_path, KEY).fill(dataset, ["a"], teacher, **fill) == 1

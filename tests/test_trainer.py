@@ -370,6 +370,8 @@ def test_other_configurations_train_both_steps(tmp_path, monkeypatch, changes):
         train(chain, step)
         store = PrototypeStore.load(fold_of(chain, step) / "prototypes.npz")
         assert len(store.class_names) == step + 1
+    assert not store.stale.any(), "old organs of step 2 are found by pseudo-labels, online or not"
+    assert store.counts[1] > 0
     logged = torch.load(fold_of(chain, 2) / "checkpoint_final.pth", weights_only=False)["logging"]
     assert np.isfinite([values[0] for key, values in logged.items() if key.startswith("loss_")]).all()
     summary = json.loads((fold_of(chain, 2) / "validation" / "summary.json").read_text(encoding="utf-8"))

@@ -95,6 +95,7 @@ def test_replay_trains_on_kept_cases_without_their_background(chain):
     assert 1 in values, "the labels of step 1"
     assert values <= {-1, 1, 3}, "and what is background there is ignored, as the new organ is in it unlabelled"
     assert 1 in properties["class_locations"]
+    assert data._where[kept[0]][0]._cache.key["ignored_from"] == 2, "the id of step 1 for ignored voxels"
     listing = json.loads((fold_of(chain, 2, "replay") / "replay.json").read_text(encoding="utf-8"))
     assert listing["bytes"] > 0
     assert listing["cases"] == {"step1": [case.removeprefix("step1__") for case in kept]}
