@@ -15,12 +15,14 @@ from tests.test_trainer import fold_of, make_chain, module_patch, train, trainer
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory, module_patch) -> Chain:  # noqa: F811
     """Step 1 is trained; trainings have three epochs."""
-    chain = make_chain(tmp_path_factory.mktemp("resume"), module_patch, ("pgcd",), training=", checkpoint_minutes: 0")
-    for step in (1, 2):
-        path = chain.preprocessed(step) / "nnUNetPlans.json"
+    chain = make_chain(
+        tmp_path_factory.mktemp("resume"), module_patch, ("pgcd", "ewc", "replay"), training=", checkpoint_minutes: 0"
+    )
+    for path in (path for step in (1, 2) for path in chain.preprocessed(step).glob("nnUNetPlans*.json")):
         plans = json.loads(path.read_text(encoding="utf-8"))
-        plans["cil"]["training"]["epochs"] = 3
-        write_json(path, plans)
+        if "cil" in plans:
+            plans["cil"]["training"]["epochs"] = 3
+            write_json(path, plans)
     train(chain, 1)
     return chain
 
@@ -43,11 +45,12 @@ def equal(a, b) -> bool:
     return bool((a == b) if not hasattr(a, "all") else (a == b).all())
 
 
-@pytest.mark.parametrize("step", [1, 2])
+# ewc and replay also take something from outside the checkpoint: the teacher's weights, kept scans
+@pytest.mark.parametrize(("step", "method"), [(1, "pgcd"), (2, "pgcd"), (2, "ewc"), (2, "replay")])
 @pytest.mark.faults("kill -9", "the same command goes on, and ends as if nothing had been", "unfinished epoch")
-def test_killed_in_the_second_epoch_and_resumed_ends_like_uninterrupted(chain, step):
+def test_killed_in_the_second_epoch_and_resumed_ends_like_uninterrupted(chain, step, method):
     def ran(resume: bool, killed: bool = False):
-        trainer = trainer_of(chain, step, resume=resume)
+        trainer = trainer_of(chain, step, method, resume=resume)
         if killed:
             train_step, calls = trainer.train_step, []
 
@@ -63,7 +66,7 @@ def test_killed_in_the_second_epoch_and_resumed_ends_like_uninterrupted(chain, s
         else:
             trainer.run_training()
 
-    folder = fold_of(chain, step)
+    folder = fold_of(chain, step, method)
     kept = folder.parent.with_name("kept")
     if step == 1:
         shutil.copytree(folder.parent, kept)

@@ -116,19 +116,20 @@ class TinyChain:
 
 
 def results(root: Path) -> dict[str, Any]:
-    """Of a chain that has ended: digests of each step's weights and prototypes, by name; all scores."""
+    """Of a chain that has ended: digests of each model's weights and prototypes, by name; all scores and the table."""
     found: dict[str, Any] = {}
-    for step in (1, 2):
-        (folder,) = root.glob(f"nnUNet_results/Dataset*_step{step}/*/fold_all")
+    for folder in sorted(root.glob("nnUNet_results/Dataset*/*/fold_all")):
+        model = str(folder.parent.relative_to(root / "nnUNet_results"))
         weights = read_checkpoint(folder / "checkpoint_final.pth")["network_weights"]
         for name, tensor in weights.items():
-            found[f"step {step} weights {name}"] = digest_of(tensor.numpy())
+            found[f"{model} weights {name}"] = digest_of(tensor.numpy())
         with np.load(folder / "prototypes.npz") as prototypes:
             for name in sorted(set(prototypes.files) - {"checkpoint_sha256"}):  # of a file that holds times
-                found[f"step {step} prototypes {name}"] = digest_of(prototypes[name])
-    content = json.loads((root / "nnUNet_results/chain_tiny/scores.json").read_text(encoding="utf-8"))
+                found[f"{model} prototypes {name}"] = digest_of(prototypes[name])
+    chain = root / "nnUNet_results/chain_tiny"
+    content = json.loads((chain / "scores.json").read_text(encoding="utf-8"))
     found["scores"] = [{score: run[score] for score in ("dice", "nsd", "hd95_mm", "absent")} for run in content["runs"]]
-    return found
+    return found | {"paired": content["paired"], "table": (chain / "table.txt").read_text(encoding="utf-8")}
 
 
 def digest_of(array: np.ndarray) -> str:

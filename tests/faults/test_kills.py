@@ -59,6 +59,13 @@ IN_RUN = [
     ("scoring", Kill("nnunet_cil.driver:check_step", 2)),
     ("report", Kill("nnunet_cil.driver:collect_scores", 2, "after")),
 ]
+# then those that only several methods have; 8 iterations has only the joint training, which takes twice as many epochs
+COMPARED = ("--methods", "pgcd", "plop", "joint")
+IN_COMPARE = [
+    ("pseudo-labels", Kill("nnunet_cil.trainer:entropy_histogram", 1, "after")),
+    ("mid-epoch", Kill(f"{TRAINER}.train_step", 8)),
+    ("report", Kill("nnunet_cil.driver:paired_table", 1)),
+]
 IN_REPORT = [
     ("report", Kill("matplotlib.figure:Figure.savefig", 2, "half")),
     ("report", Kill("pathlib:Path.write_bytes", 1, "half")),
@@ -66,11 +73,11 @@ IN_REPORT = [
 PHASES = tuple(dict.fromkeys(phase for phase, _ in IN_RUN))
 
 
-def undisturbed(folder: Path, fresh: bool) -> dict:
+def undisturbed(folder: Path, *command: str, fresh: bool) -> dict:
     """Results of a chain that nothing happened to; its trainings are fresh processes if so wished."""
     folder.mkdir()
     chain = TinyChain(folder)
-    assert chain.types("run", forked=not fresh) == 0, chain.said()
+    assert chain.types(*command, forked=not fresh) == 0, chain.said()
     return results(folder)
 
 
@@ -81,9 +88,9 @@ def check_ended(chain: TinyChain, expected: dict) -> None:
     assert chain.types("verify") == 0, chain.said()
 
 
-def kill_on_purpose(chain: TinyChain, command: str, kills: list[tuple[str, Kill]]) -> Counter:
+def kill_on_purpose(chain: TinyChain, kills: list[tuple[str, Kill]], *command: str) -> Counter:
     for phase, kill in kills:
-        status = chain.types(command, kill=kill)
+        status = chain.types(*command, kill=kill)
         where = f"{phase}: {kill}: {status}: {chain.said()}"
         assert status == (1 if kill.training_only else -9), where
         assert not kill.training_only or "the training ended with code -9" in chain.said(), where
@@ -92,13 +99,15 @@ def kill_on_purpose(chain: TinyChain, command: str, kills: list[tuple[str, Kill]
 
 
 @pytest.mark.faults("kill -9", "the same command goes on, and ends as if nothing had been", "unfinished epoch")
-def test_a_chain_that_is_killed_once_in_each_phase_ends_like_an_undisturbed_one(tmp_path, record_property):
-    expected = undisturbed(tmp_path / "undisturbed", fresh=False)
+def test_a_comparison_that_is_killed_in_each_phase_ends_like_an_undisturbed_one(tmp_path, record_property):
+    command = ("compare", *COMPARED)
+    expected = undisturbed(tmp_path / "undisturbed", *command, fresh=False)
+    assert "difference to pgcd" in expected["table"]
     (tmp_path / "killed").mkdir()
     chain = TinyChain(tmp_path / "killed")
     once = [next(entry for entry in islice(IN_RUN, 4, None) if entry[0] == phase) for phase in PHASES]
-    kills = kill_on_purpose(chain, "run", once)
-    assert chain.types("run") == 0, chain.said()
+    kills = kill_on_purpose(chain, once + IN_COMPARE, *command)
+    assert chain.types(*command) == 0, chain.said()
     check_ended(chain, expected)
     record_property("kills", dict(kills))
 
@@ -106,13 +115,13 @@ def test_a_chain_that_is_killed_once_in_each_phase_ends_like_an_undisturbed_one(
 @pytest.mark.slow
 @pytest.mark.faults("kill -9", "the same command goes on, and ends as if nothing had been", "unfinished epoch")
 def test_chains_that_are_killed_at_many_moments_end_like_an_undisturbed_one(tmp_path, record_property):
-    expected = undisturbed(tmp_path / "undisturbed", fresh=True)
+    expected = undisturbed(tmp_path / "undisturbed", "run", fresh=True)
     (tmp_path / "killed").mkdir()
     moments = random.Random(0)
     chain = TinyChain(tmp_path / "killed")
-    kills = kill_on_purpose(chain, "run", IN_RUN)
+    kills = kill_on_purpose(chain, IN_RUN, "run")
     assert chain.types("run") == 0, chain.said()
-    kills += kill_on_purpose(chain, "report", IN_REPORT)
+    kills += kill_on_purpose(chain, IN_REPORT, "report")
     assert chain.types("report") == 0, chain.said()
     check_ended(chain, expected)
     chain.remove()
