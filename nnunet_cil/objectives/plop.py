@@ -17,14 +17,14 @@ class PLOP(Objective):
     Differs from the paper: strips run along three axes instead of two; the layers are all stages of nnU-Net's encoder
     and decoder; the adaptive factor nu (eq. 9) is taken over the batch and scales nnU-Net's Dice and cross-entropy;
     a voxel with a declared ignore label counts as not accepted in it. The factor sqrt(all / new classes) of the POD
-    terms is the authors' code.
+    terms, background among all, is the authors' code.
     """
 
     pseudo_label_rule = "entropy"
 
     def __init__(self, n_old, n_classes, settings, prototypes):
         super().__init__(n_old, n_classes, settings, prototypes)
-        self.scale = math.sqrt((n_classes - 1) / (n_classes - n_old))
+        self.scale = math.sqrt(n_classes / (n_classes - n_old))
 
     @staticmethod
     def feature_paths(network):

@@ -110,7 +110,7 @@ def test_plop_is_the_mean_over_layers_scaled_by_classes():
     student = student._replace(features=sum((s.features for s, _, _ in batches), ()))
     teacher = teacher._replace(features=sum((t.features for _, t, _ in batches), ()))
     layers = [local_pod(s, t) for s, t in zip(student.features, teacher.features, strict=True)]
-    scale = math.sqrt((N_CLASSES - 1) / (N_CLASSES - N_OLD))
+    scale = math.sqrt(N_CLASSES / (N_CLASSES - N_OLD))
     terms = make(PLOP, lambda_pod=0.5)(student, teacher, labels)
     torch.testing.assert_close(terms["pod"], 0.5 * scale * (layers[0] + layers[1] + layers[2]) / 3)
 
