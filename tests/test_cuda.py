@@ -17,10 +17,12 @@ from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_cil.chain import Chain
+from nnunet_cil.imprinting import ClassStatistics
 from nnunet_cil.prototypes import PrototypeStore
 from nnunet_cil.schedule import load_schedule
 from nnunet_cil.trainer import unwrap
 from tests import shell
+from tests.losses.test_pgcd import float16_errors
 from tests.test_trainer import fold_of, make_chain, module_patch, train, trainer_of  # noqa: F401  (a fixture)
 from tests.test_trainer_baselines import METHODS, log_of, weights_of
 
@@ -51,6 +53,16 @@ def full_precision(tmp_path_factory, module_patch) -> Chain:  # noqa: F811
     chain = make_chain(tmp_path_factory.mktemp("float32"), module_patch, training=", amp: off")
     train(chain, 1, device=CUDA)
     return chain
+
+
+def test_a_large_patch_neither_overflows_nor_vanishes_in_float16():
+    assert max(float16_errors(2.0**16, stride=4, device="cuda")) < 0.01
+    features = 3 + torch.randn(1, 8, 64, 64, 64, device=CUDA, generator=torch.Generator(CUDA).manual_seed(0))
+    statistics = ClassStatistics(2, 8)
+    with torch.autocast("cuda"):
+        statistics.add(features, (features[:, 0] > 4).long())
+    assert statistics.squares.max() > torch.finfo(torch.float16).max
+    assert all(torch.isfinite(row).all() for row in statistics.discriminant(1))
 
 
 @pytest.mark.parametrize("method", ["pgcd", "finetune", "joint", *METHODS])
