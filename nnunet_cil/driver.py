@@ -38,7 +38,7 @@ from nnunet_cil.guard import Check, check_step, place_of, read_checks, stops
 from nnunet_cil.launcher import Task, check_launcher, job_states, launch
 from nnunet_cil.parallel import worker_count
 from nnunet_cil.precision import amp_dtype
-from nnunet_cil.present import present_variants, scored_variants
+from nnunet_cil.present import present_variants
 from nnunet_cil.report import write as report_page
 from nnunet_cil.report.figures import plot_mean_dice
 from nnunet_cil.report.paired import paired_table
@@ -316,7 +316,7 @@ def gather(schedule: Schedule, folders: Sequence[Path]) -> str:
     chain = Chain.open(schedule)
     with chain.locked():
         logger.info("scores of %d models are new here", gather_scores(chain, folders))
-    return report(chain, scored_variants(chain))
+    return report(chain, present_variants(chain))
 
 
 def status(schedule: Schedule, methods: Sequence[str], seeds: Sequence[int | None]) -> str:

@@ -46,8 +46,10 @@ UNITS = {
     "absent": "test subjects without HD95: both_empty (no score at all), missed and invented (Dice and NSD are 0), and "
     "unlabelled (their labels do not hold the class: no score, and not among n_subjects)",
     "gap_to_joint, plasticity_gap": "joint minus this method, same seed and fold, over the classes that both have",
-    "bytes_kept": "what a step can read of earlier steps' data, whether its method does or not; null: joint has it all",
-    "never_trained_on": "true: no step draws from this set's dataset; null: the set is two folders of unknown origin",
+    "bytes_kept": "what a step can read of earlier steps' data, whether its method does or not; null: joint has it "
+    "all, or the models are not here",
+    "never_trained_on": "true: no step draws from this set's dataset; null: the set is two folders of unknown origin, "
+    "or the chain began with a given model, whose data are unknown",
 }
 
 
@@ -414,7 +416,7 @@ def _gaps(chain: Chain, run: _Run, joint: _Run | None, score: str) -> dict[str, 
 
 
 def _entry(chain: Chain, run: _Run, gaps: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    at = learned_at(chain)
+    at, is_joint = learned_at(chain), run.variant.method == JOINT
     return {
         "method": run.variant.method,
         "seed": run.variant.seed,
@@ -422,8 +424,8 @@ def _entry(chain: Chain, run: _Run, gaps: Mapping[str, Mapping[str, float]]) -> 
         **run.matrices,
         "absent": {kind: run.counts[kind] for kind in (*ABSENCES, UNLABELLED)},
         "n_subjects": run.counts["subjects"],
-        "summary": {**summary(run.matrices["dice"], at), **gaps["dice"]},
-        "summary_nsd": {**summary(run.matrices["nsd"], at), **gaps["nsd"]},
+        "summary": {**summary(run.matrices["dice"], at, is_joint), **gaps["dice"]},
+        "summary_nsd": {**summary(run.matrices["nsd"], at, is_joint), **gaps["nsd"]},
         "summary_hd95_mm": final_means(run.matrices["hd95_mm"], at),
         "forward_transfer": {"value": None, "reason": NO_FORWARD_TRANSFER},
         "parameters": _parameters(chain, run),
@@ -446,7 +448,7 @@ def _row(chain: Chain, method: str, runs: Sequence[tuple[_Run, Mapping[str, floa
     }
     gaps = {name: [over_seeds([gap[name] for _, gap in folds])[0] for folds in by_seed.values()] for name in runs[0][1]}
     mean = {score: over_seeds(matrices)[0] for score, matrices in each.items()}
-    without_hd95 = np.isnan(mean["hd95_mm"][-1]) & ~np.isnan(mean["dice"][-1])
+    without_hd95 = np.isnan(each["hd95_mm"][:, -1]) & ~np.isnan(each["dice"][:, -1])
     total = {kind: sum(n or 0 for run, _ in runs for n in run.counts[kind][-1]) for kind in ("subjects", *ABSENCES)}
     at = learned_at(chain)
     final = FinalScores(
@@ -494,6 +496,7 @@ def _by_test_set(chain: Chain, run: _Run) -> list[dict[str, Any]]:
                 "set": number,
                 "name": _test_set_name(chain, number),
                 "n_subjects": len(cases),
+                "n_classes": int((~np.isnan(matrices["dice"])).any(0).sum()),
                 "never_trained_on": _never_trained_on(chain, number),
                 "mean": {score: final_means(matrix, learned_at(chain))["mean"] for score, matrix in matrices.items()},
                 **matrices,
@@ -503,21 +506,29 @@ def _by_test_set(chain: Chain, run: _Run) -> list[dict[str, Any]]:
 
 
 def _test_set_name(chain: Chain, number: int) -> str:
-    """Of its dataset; two folders may be called after a person, and have a number."""
-    tests = chain.schedule.test
+    """Of its dataset; two folders may be called after a person, and have a number.
+
+    So has every set where the schedule names other ones than those that the scores are of.
+    """
+    tests = chain.schedule.test if _is_of_schedule(chain) else ()
     dataset = tests[number].dataset if 0 <= number < len(tests) else None
     return f"test set {number + 1}" if dataset is None else dataset.name
 
 
+def _is_of_schedule(chain: Chain) -> bool:
+    """Whether the test set that the scores are of is the one that the schedule names now."""
+    return _test_set(chain).get("test") == chain.schedule.to_dict()["test"]
+
+
 def _never_trained_on(chain: Chain, number: int) -> bool | None:
     schedule = chain.schedule
-    if not 0 <= number < len(schedule.test):
+    if not 0 <= number < len(schedule.test) or not _is_of_schedule(chain):
         return None
     test = schedule.test[number]
     trained_on = {path.resolve() for path in (schedule.source, *(step.dataset for step in schedule.steps)) if path}
     if (test.dataset or test.images.parent).resolve() in trained_on:
         return False
-    return None if test.dataset is None else True
+    return None if test.dataset is None or schedule.model is not None else True
 
 
 def _parameters(chain: Chain, run: _Run) -> dict[str, dict[str, int | None]]:
@@ -530,18 +541,23 @@ def _parameters(chain: Chain, run: _Run) -> dict[str, dict[str, int | None]]:
     }
 
 
-def _bytes_kept(chain: Chain, run: _Run) -> dict[str, dict[str, int]] | None:
-    """By step: size of the teacher's prototypes and of a replay method's memory; None for joint, which keeps it all."""
+def _bytes_kept(chain: Chain, run: _Run) -> dict[str, dict[str, int | None]] | None:
+    """By step: size of the teacher's prototypes and of a replay method's memory, None where the models are not here.
+
+    None for joint, which keeps it all.
+    """
     if run.variant.method == JOINT:
         return None
     kept = {}
     for step in range(1, chain.n_steps + 1):
-        folders = _fold_folders(chain, run, step)
-        replays = [path for folder in folders if (path := folder / REPLAY_FILE).is_file()]
-        before = [folder / PROTOTYPE_FILE for folder in _fold_folders(chain, run, step - 1)] if step > 1 else []
-        prototypes = sum(path.stat().st_size for path in before if path.is_file())
+        here, before = _fold_folders(chain, run, step), _fold_folders(chain, run, step - 1) if step > 1 else []
+        prototypes = [path.stat().st_size for folder in before if (path := folder / PROTOTYPE_FILE).is_file()]
+        replays = [path for folder in here if (path := folder / REPLAY_FILE).is_file()]
         memory = sum(read_json(path, "what replay keeps").get("bytes", 0) for path in replays)
-        kept[_name(step)] = {"prototypes": prototypes, "replay": memory}
+        kept[_name(step)] = {
+            "prototypes": sum(prototypes) if all(folder.is_dir() for folder in before) else None,
+            "replay": memory if all(folder.is_dir() for folder in here) else None,
+        }
     return kept
 
 

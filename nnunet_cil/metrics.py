@@ -133,10 +133,15 @@ def backward_transfer(R: ArrayLike, learned_at: ArrayLike) -> float:
 def plasticity(R: ArrayLike, learned_at: ArrayLike) -> float:
     """Mean score, when just learned, of the classes learned at step 2 or later; higher is better.
 
-    NaN for a chain of one step (our derivation). Arguments and errors as `old_mean`.
+    NaN for a chain of one step, and for one that has not come to its last step: a mean over fewer classes would not
+    compare (our derivation). Arguments and errors as `old_mean`.
     """
     scores, steps = _checked(R, learned_at)
-    return _mean(_when_learned(scores, steps)[steps >= 2])
+    return _mean(_when_learned(scores, steps)[steps >= 2]) if _has_ended(scores) else math.nan
+
+
+def _has_ended(scores: NDArray[np.float64]) -> bool:
+    return not np.isnan(scores[-1]).all()
 
 
 def gap_to_joint(R: ArrayLike, R_joint: ArrayLike, learned_at: ArrayLike) -> float:
@@ -160,10 +165,11 @@ def plasticity_gap(R: ArrayLike, R_joint: ArrayLike, learned_at: ArrayLike) -> f
     """Mean, over the classes of step 2 or later, of the single-step model's score minus the score when just learned.
 
     The single-step model is the joint one. Positive where learning in steps cost new classes something; NaN for a chain
-    of one step and without a class that both have (our derivation). Arguments and errors as `gap_to_joint`.
+    of one step or before its last one, and without a class that both have (our derivation). Arguments and errors as
+    `gap_to_joint`.
     """
     scores, joint, steps = _checked_pair(R, R_joint, learned_at)
-    return _mean((joint[-1] - _when_learned(scores, steps))[steps >= 2])
+    return _mean((joint[-1] - _when_learned(scores, steps))[steps >= 2]) if _has_ended(scores) else math.nan
 
 
 def _checked_pair(
@@ -182,16 +188,18 @@ def final_means(R: ArrayLike, learned_at: ArrayLike) -> dict[str, float]:
     return {f.__name__: f(scores, steps, len(scores)) for f in (old_mean, new_mean, mean)}
 
 
-def summary(R: ArrayLike, learned_at: ArrayLike) -> dict[str, float]:
+def summary(R: ArrayLike, learned_at: ArrayLike, is_joint: bool = False) -> dict[str, float]:
     """All scores of a chain after its last step, by name.
 
     The keys are ``old_mean``, ``new_mean``, ``mean``, ``average_incremental_mean``, ``forgetting``,
-    ``backward_transfer`` and ``plasticity``. A matrix of several steps with scores in its last row only is no chain
-    but one model trained on all classes together (``joint``): the last four are then NaN, for such a model learned
-    nothing after anything else. Arguments and errors as `old_mean`.
+    ``backward_transfer`` and ``plasticity``. Arguments and errors as `old_mean`.
+
+    Args:
+        is_joint: one model trained on all classes together. In several steps, the last four are then NaN, for such a
+            model learned nothing after anything else.
     """
     scores, steps = _checked(R, learned_at)
-    is_chain = len(scores) == 1 or not np.isnan(scores[:-1]).all()
+    is_chain = len(scores) == 1 or not is_joint
     over_steps = (average_incremental_mean, forgetting, backward_transfer, plasticity)
     return {
         **final_means(scores, steps),

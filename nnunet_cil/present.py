@@ -16,14 +16,6 @@ logger = logging.getLogger(__name__)
 SCORES = "predictions/*/*/scores.json"
 
 
-def scored_variants(chain: Chain) -> list[Variant]:
-    """Every method and seed that has scores after its last step in a chain's folder, seeds outermost, the chain's own
-    method first and joint last."""
-    contents = [read_json(path, "scores of test subjects") for path in chain.folder.glob(SCORES)]
-    last = [content for content in contents if content.get("step") in (chain.n_steps, JOINT)]
-    return _ordered(chain, [chain.variant(content["method"], content["seed"]) for content in last])
-
-
 def present_variants(
     chain: Chain, methods: Sequence[str] = (), seeds: Sequence[int | None] = (), prepared: bool = False
 ) -> list[Variant]:
@@ -37,7 +29,8 @@ def present_variants(
         prepared: whether plans are enough.
 
     Returns:
-        In the order of `scored_variants`, or of what is asked for; the schedule's own where there is nothing yet.
+        Seeds outermost, the chain's own method first and joint last, or as asked for; the schedule's own where there
+        is nothing yet.
     """
     first, later = [], []
     for path, step in _files(chain, prepared):

@@ -21,6 +21,7 @@ from nnunet_cil.evaluate import (
     subject_scores,
     write_matrices,
 )
+from nnunet_cil.given_model import GivenModel
 from nnunet_cil.report.table import score_table
 from nnunet_cil.schedule import TestSet, load_schedule
 from tests.conftest import write_schedule, write_tiny_dataset
@@ -248,7 +249,8 @@ def test_what_a_run_cost_and_kept(chain):
 
 def write_test_json(chain: Chain, sets: dict[str, int]) -> None:
     cases = {case: {"labelled": [1, 2], "set": number} for case, number in sets.items()}
-    write_json(chain.folder / "test" / "test.json", {"ignore": 3, "file_ending": ".nii.gz", "cases": cases})
+    content = {"test": chain.schedule.to_dict()["test"], "ignore": 3, "file_ending": ".nii.gz", "cases": cases}
+    write_json(chain.folder / "test" / "test.json", content)
 
 
 def test_each_of_several_test_sets_has_its_matrix(chain, tmp_path):
@@ -268,6 +270,35 @@ def test_each_of_several_test_sets_has_its_matrix(chain, tmp_path):
     assert [entry["never_trained_on"] for entry in found] == [False, True, None, False]
     assert found[1]["dice"] == [[pytest.approx(0.9), None], [pytest.approx(0.4)] * 2]
     assert found[1]["mean"] == pytest.approx({"dice": 0.4, "nsd": 0.3, "hd95_mm": 6.0})
+    assert [entry["n_classes"] for entry in found] == [2] * 4
+
+    given = GivenModel(tmp_path, "", "nnUNetTrainer__nnUNetPlans__3d_fullres", {}, {}, ("all",))
+    steps = chain.schedule.raw["steps"][1:]
+    raw = {**chain.schedule.raw, "model": str(tmp_path), "steps": steps}
+    without_step_1 = replace(chain.schedule, model=given, raw=raw)
+    whole, chain.schedule = chain.schedule, without_step_1
+    found = collect_scores(chain, [chain.variant("pgcd", 0)])[0]["runs"][0]["by_test_set"]
+    assert [entry["never_trained_on"] for entry in found] == [False, None, None, False], "a given model's data"
+    chain.schedule = replace(whole, raw={**whole.raw, "test": "others.json"})
+    found = collect_scores(chain, [chain.variant("pgcd", 0)])[0]["runs"][0]["by_test_set"]
+    assert [entry["name"] for entry in found] == [f"test set {n}" for n in (1, 2, 3, 4)], "scored as another list"
+    assert [entry["never_trained_on"] for entry in found] == [None] * 4
+
+
+def test_distance_is_missing_where_one_seed_lost_an_organ(chain):
+    """A mean without the seed that lost it would be better than that of a method that keeps it badly."""
+    score(chain, "pgcd", 0, 2, {"a": {"ball": 0.9, "blob": 0.9}})
+    score(chain, "pgcd", 1, 2, {"a": {"ball": MISSED, "blob": 0.9}}, absent={"a": {"ball": "missed"}})
+    variants = [chain.variant("pgcd", seed) for seed in (0, 1)]
+    assert collect_scores(chain, variants[:1])[1][0].final.hd95_mm == pytest.approx(1.0)
+    assert np.isnan(collect_scores(chain, variants)[1][0].final.hd95_mm)
+
+
+def test_what_is_kept_is_unknown_where_the_models_are_not(chain):
+    score(chain, "replay", 0, 1, {"a": {"ball": 0.9}})
+    score(chain, "replay", 0, 2, {"a": {"ball": 0.9, "blob": 0.9}})
+    found = collect_scores(chain, [chain.variant("replay", 0)])[0]["runs"][0]["bytes_kept"]
+    assert found == {"step1": {"prototypes": 0, "replay": None}, "step2": {"prototypes": None, "replay": None}}
 
 
 def test_a_single_test_set_is_not_shown_twice(chain):

@@ -13,7 +13,7 @@ from nnunet_cil.chain import Chain, write_json
 from nnunet_cil.dataset import write_test_set
 from nnunet_cil.evaluate import evaluation_file
 from nnunet_cil.gather import gather_scores
-from nnunet_cil.present import scored_variants
+from nnunet_cil.present import present_variants
 from nnunet_cil.schedule import load_schedule
 from nnunet_cil.teacher import sha256_of
 from tests.conftest import write_schedule, write_tiny_dataset
@@ -75,7 +75,7 @@ def test_seeds_of_two_machines_stand_in_one_table(chain, tmp_path):
     found = {(run["method"], run["seed"]): run["dice"][-1][0] for run in content["runs"]}
     assert found == {("pgcd", 0): 0.8, ("finetune", 0): 0.1, ("pgcd", 1): 0.6, ("joint", 1): 0.95}
     assert "70.0 ±14.1" in shown, "mean and standard deviation of both seeds"
-    assert [(v.method, v.seed) for v in scored_variants(chain)] == list(found)
+    assert [(v.method, v.seed) for v in present_variants(chain)] == list(found)
     assert gather_scores(chain, [first, second]) == 0, "all of it is here already"
 
 

@@ -99,13 +99,28 @@ def test_nothing_scored_is_nan_without_warning():
 def test_joint_has_final_means_only(steps):
     R = np.full((steps, 3), NAN)
     R[-1] = [0.9, 0.8, 0.7]
-    result = metrics.summary(R, [1, 1, steps])
+    result = metrics.summary(R, [1, 1, steps], is_joint=True)
     assert result["old_mean"] == pytest.approx(0.85)
     assert result["new_mean"] == pytest.approx(0.7)
     assert result["mean"] == pytest.approx(0.8)
     assert all(
         np.isnan(result[k]) for k in ("average_incremental_mean", "forgetting", "backward_transfer", "plasticity")
     )
+
+
+def test_a_chain_whose_earlier_steps_have_no_labelled_organ_is_no_joint_model():
+    R = [[NAN, NAN, NAN], [NAN, NAN, 0.8]]
+    assert metrics.summary(R, [1, 1, 2])["plasticity"] == pytest.approx(0.8)
+
+
+def test_plasticity_waits_for_the_last_step():
+    """A mean over the classes of fewer steps would not compare with one over all."""
+    unfinished = FORGETS.copy()
+    unfinished[-1] = NAN
+    joint = [[NAN] * 3, [NAN] * 3, [0.9, 0.8, 0.7]]
+    assert not np.isnan(metrics.plasticity(FORGETS, ONE_EACH))
+    assert np.isnan(metrics.plasticity(unfinished, ONE_EACH))
+    assert np.isnan(metrics.plasticity_gap(unfinished, joint, ONE_EACH))
 
 
 def test_average_over_steps_needs_every_step():

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnunet_cil import nnunet_api
-from nnunet_cil.chain import JOINT, Chain, Variant
+from nnunet_cil.chain import JOINT, Chain, Variant, method_of
 from nnunet_cil.evaluate import (
     ENSEMBLE,
     check_scores,
@@ -52,7 +52,7 @@ class Model:
         prototypes: of its last epoch, if there are any.
         cost: content of ``cost.json``; empty without.
         machine: device, GPU, precision and version of torch that it was trained with, as far as its files tell.
-        train_command, predict_command: to type by hand.
+        train_command, predict_command: to type by hand; the first is "" for a given model.
     """
 
     method: str
@@ -89,6 +89,7 @@ class TestSetScores:
     Attributes:
         name: of its dataset, or its number.
         n_subjects: its size.
+        n_classes: of how many classes it has scores.
         never_trained_on: whether no step draws from its dataset; None where that is not known.
         dice: method -> mean Dice over all classes after the last step, in [0, 1], the mean over its trainings.
     """
@@ -97,6 +98,7 @@ class TestSetScores:
 
     name: str
     n_subjects: int
+    n_classes: int
     never_trained_on: bool | None
     dice: Mapping[str, float]
 
@@ -145,6 +147,8 @@ class Collected:
         by_test_set: the test sets, if there are several.
         step_costs: of all scored steps, by method.
         paired: differences to a reference, as ``evaluate.collect_scores`` gives them.
+        own_method: the schedule's.
+        base_methods: method -> the method that its trainer is.
         own_settings: method -> its coefficients that differ from the schedule's.
         channels: channel names of the images, by their number.
         guard: by which an organ counts as kept, weakened or lost.
@@ -169,6 +173,8 @@ class Collected:
     by_test_set: tuple[TestSetScores, ...]
     step_costs: tuple[StepCost, ...]
     paired: Mapping[str, Any]
+    own_method: str
+    base_methods: Mapping[str, str]
     own_settings: Mapping[str, Mapping[str, Any]]
     channels: Mapping[str, str]
     guard: Guard
@@ -227,7 +233,7 @@ def read_terms(folder: Path) -> dict[str, NDArray[np.float64]]:
         Term -> (epochs,) values; NaN where an epoch has none, empty without a log.
     """
     values: dict[str, dict[int, float]] = {}
-    for path in sorted(folder.glob("training_log_*.txt")):
+    for path in _logs(folder):
         epoch = None
         for line in path.read_text(errors="replace").splitlines():
             if match := _EPOCH.search(line):
@@ -283,6 +289,8 @@ def collect(chain: Chain, variants: Sequence[Variant]) -> Collected:
         by_test_set=_by_test_set(content["runs"]),
         step_costs=_step_costs(content["runs"]),
         paired=content.get("paired", {}),
+        own_method=method_of(chain.schedule.trainer),
+        base_methods={variant.method: method_of(variant.trainer) for variant in variants},
         own_settings={variant.method: _own_settings(chain, variant) for variant in variants},
         channels=_channels(chain, runs, problems),
         guard=chain.schedule.guard,
@@ -295,15 +303,18 @@ def _by_test_set(runs: Sequence[Mapping[str, Any]]) -> tuple[TestSetScores, ...]
     """From the runs of ``collect_scores``; the ensemble has no line."""
     sets: dict[int, Mapping[str, Any]] = {}
     dice: dict[int, dict[str, list[float]]] = {}
+    n_classes: dict[int, int] = {}
     for run in (run for run in runs if run["fold"] != ENSEMBLE):
         for one in run["by_test_set"]:
             sets[one["set"]] = one
+            n_classes[one["set"]] = max(one["n_classes"], n_classes.get(one["set"], 0))
             if one["mean"]["dice"] is not None:
                 dice.setdefault(one["set"], {}).setdefault(run["method"], []).append(one["mean"]["dice"])
     return tuple(
         TestSetScores(
             one["name"],
             one["n_subjects"],
+            n_classes[number],
             one["never_trained_on"],
             {method: float(np.mean(values)) for method, values in dice.get(number, {}).items()},
         )
@@ -366,6 +377,8 @@ def _model(chain: Chain, owner: Variant, step: int | str, fold: int | str, probl
     predictions = path.parent / "_".join(part[:16] for part in hashes)
     debug = _read_json(folder / "debug.json", f"the settings of {title}", problems)
     device = str(debug.get("device", ""))
+    trainer, plans_name, configuration = chain.model_folder(owner, step).name.split("__")
+    is_given = step == 1 and chain.schedule.model is not None
     return Model(
         method=owner.method,
         seed=owner.seed,
@@ -380,20 +393,25 @@ def _model(chain: Chain, owner: Variant, step: int | str, fold: int | str, probl
         prototypes=_prototypes(folder / "prototypes.npz", title, problems),
         cost=_read_json(folder / "cost.json", f"the cost of {title}", problems, _check_cost),
         machine=_machine(folder, debug, device),
-        train_command=_train_command(chain, owner, step, fold, device),
+        train_command="" if is_given else _train_command(chain, owner, step, fold, device),
         predict_command=nnunet_api.predict_line(
             chain.dataset_name(step),
-            chain.schedule.configuration,
+            configuration,
             (fold,),
-            owner.trainer,
-            chain.plans_name(owner),
+            trainer,
+            plans_name,
             "TEST_IMAGES",
         ),
     )
 
 
+def _logs(folder: Path) -> list[Path]:
+    """nnU-Net's training logs, oldest first; their names do not sort so, as days and months have no leading zeros."""
+    return sorted(folder.glob("training_log_*.txt"), key=lambda path: (path.stat().st_mtime, path.name))
+
+
 def _machine(folder: Path, debug: Mapping[str, Any], device: str) -> dict[str, str]:
-    logs = sorted(folder.glob("training_log_*.txt"))
+    logs = _logs(folder)
     precision = _PRECISION.findall(logs[-1].read_text(errors="replace")) if logs else []
     found = {
         "device": device.split(":")[0],

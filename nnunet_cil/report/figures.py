@@ -101,8 +101,8 @@ def legend(figure: Figure, handles: Sequence[Line2D], place: str) -> None:
 def plot_mean_dice(rows: Sequence[Row], learned_at: Sequence[int], path_png: Path, among: Sequence[str] = ()) -> None:
     """Mean Dice (%) over the classes learned so far, after each step, one line per method; PNG and a PDF beside it.
 
-    A step without score is left out. A model trained on all classes together (scores in the last row only) is a star
-    at the last step with a dashed line across. Methods are listed by their last value, with its standard deviation over
+    A step without score is left out. The model trained on all classes together is a star at the last step with a
+    dashed line across. Methods are listed by their last value, with its standard deviation over
     seeds; of one that has not come to the last step, the label says which step it is of. Small dots are single seeds.
 
     Args:
@@ -121,7 +121,7 @@ def plot_mean_dice(rows: Sequence[Row], learned_at: Sequence[int], path_png: Pat
         if row.seeds > 1
     }
     means = {method: values for method, values in means.items() if not np.isnan(values).all()}
-    styles = method_styles([*among, *(row.method for row in rows)])
+    styles, joint = method_styles([*among, *(row.method for row in rows)]), {r.method for r in rows if r.is_joint}
 
     with drawing(path_png, 5.6, 3.3) as figure:
         if not means:
@@ -139,7 +139,7 @@ def plot_mean_dice(rows: Sequence[Row], learned_at: Sequence[int], path_png: Pat
                 for each in by_seed[method]:
                     axes.plot(range(1, len(each) + 1), each, ".", color=colour, markersize=4, alpha=0.7, clip_on=False)
             shared = {"color": colour, "marker": marker, "markeredgecolor": "white", "markeredgewidth": 0.7}
-            if len(values) > 1 and steps.tolist() == [len(values)]:
+            if method in joint and len(values) > 1:
                 ends = [1, len(values)]
                 y = [values[-1]] * 2
                 look = {"linestyle": (0, (4, 3)), "linewidth": 1.0, "markersize": 11, "markevery": [1], "zorder": 2.5}
@@ -219,8 +219,8 @@ def plot_forgetting(
 ) -> None:
     """Forgetting (points of 100 Dice) of each class that the last step did not learn, by method.
 
-    A large marker is that of the mean matrix, as in the table; small ones are single runs, if there are several. Where
-    `forgetting_is_matrix` says that there are too many of them, a heat map of the mean matrix's takes their place.
+    A large marker is the mean over seeds, as in the table; small ones are single runs, if there are several. Where
+    `forgetting_is_matrix` says that there are too many of them, a heat map of the means takes their place.
 
     Args:
         rows: one per method; R ``(T, K)`` in [0, 1]. One without forgetting, such as joint, is left out.
@@ -232,7 +232,7 @@ def plot_forgetting(
     Raises:
         ValueError: no row has a forgetting.
     """
-    lost = {row.method: 100 * metrics.forgetting_per_class(row.dice, learned_at) for row in rows}
+    lost = {row.method: 100 * row.forgetting(learned_at) for row in rows}
     lost = {method: values for method, values in lost.items() if not np.isnan(values).all()}
     if not lost:
         raise ValueError("rows: got no forgetting, expected a method with scores after two steps.")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from nnunet_cil import metrics
 from nnunet_cil.chain import JOINT
 from nnunet_cil.evaluate import HIGHER_IS_BETTER
-from nnunet_cil.report.collect import Collected, Model, last_scores
+from nnunet_cil.report.collect import Collected, Model, Run, last_scores
 from nnunet_cil.report.figures import (
     forgetting_is_matrix,
     plot_drift,
@@ -110,7 +110,7 @@ def _scores(found: Collected, folder: Path) -> Shelf:
             + " ".join(_last_row(row, found.classes) for row in rows),
         )
     )
-    lost = {row.method: 100 * metrics.forgetting_per_class(row.dice, found.learned_at) for row in rows}
+    lost = {row.method: 100 * row.forgetting(found.learned_at) for row in rows}
     lost = {method: values for method, values in lost.items() if not np.isnan(values).all()}
     if not lost:
         shelf.missing.append(
@@ -163,8 +163,11 @@ def _subjects(found: Collected, folder: Path) -> Shelf:
         if not by_method:
             shelf.missing.append(f"No subject has a {label.split()[0]} after the last step.")
             continue
-        if absent := [method for method in found.methods if method not in by_method]:
-            shelf.missing.append(f"{_named(absent)}: the last step is not scored, so there is no box in these plots.")
+        absent = [method for method in found.methods if method not in by_method]
+        if unscored := [method for method in absent if not last_scores(_runs(found, method), found.classes, score)[0]]:
+            shelf.missing.append(f"{_named(unscored)}: the last step is not scored, so there is no box in these plots.")
+        if without := [method for method in absent if method not in unscored]:
+            shelf.missing.append(f"{_named(without)}: no subject has a {label.split()[0]}, so there is no box.")
         n = max(len(values) for values in by_method.values())
         higher_is_better = score in HIGHER_IS_BETTER
         path = folder / f"subjects_{score}.png"
@@ -202,14 +205,14 @@ def _pictures(found: Collected, folder: Path) -> Shelf:
         return shelf
     models = {}
     for method in found.methods:
-        model = found.first_run(method).models[-1]
+        model = _pictured(found, method).models[-1]
         if model.predictions is None:
             shelf.missing.append(
                 f"{marked(method)} is not in the pictures: its predictions of the last step are not there."
             )
         else:
             models[method] = model
-    cases, scores = last_scores([found.first_run(reference)], found.classes, "dice")
+    cases, scores = last_scores([_pictured(found, reference)], found.classes, "dice")
     if not models or not cases:
         shelf.missing.append("No pictures are shown: there are no predictions of the last step.")
         return shelf
@@ -252,6 +255,12 @@ def _pictures(found: Collected, folder: Path) -> Shelf:
         )
     )
     return shelf
+
+
+def _pictured(found: Collected, method: str) -> Run:
+    """The first run that has predictions of the last step, else the first."""
+    runs = [run for run in _runs(found, method) if run.models[-1].predictions is not None]
+    return runs[0] if runs else found.first_run(method)
 
 
 def _mean_dice(model: Model, case: str) -> float:

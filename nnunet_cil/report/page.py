@@ -298,7 +298,9 @@ def _is_joint(name: str) -> bool:
 
 def _words_on(method: str, found: Collected) -> str:
     own = ", ".join(f"{key} {value}" for key, value in found.own_settings.get(method, {}).items())
-    return method_words(method) or (f"The schedule's method, with {own}" if own else "")
+    base = found.base_methods.get(method, method)
+    words = method_words(method) or ("The schedule's method" if base == found.own_method else method_words(base))
+    return f"{words}, with {own}" if own and words and not method_words(method) else words
 
 
 def _hundred(value: float, spread: float = math.nan, sign: str = "") -> str:
@@ -396,10 +398,12 @@ def _test_set_table(found: Collected) -> str:
     """Mean Dice by test set; "" for a single one."""
     if not found.by_test_set:
         return ""
-    known = {True: "never trained on", False: "trained on other subjects of it", None: "origin unknown"}
+    known = {True: "never trained on", False: "trained on other subjects of it", None: "unknown whether trained on"}
     header = ["method"]
     for one in found.by_test_set:
         subjects = _count(one.n_subjects, "subject")
+        if one.n_classes < len(found.classes):
+            subjects += f", {one.n_classes} of {len(found.classes)} organs"
         header.append(f"{escape(one.name)}<br><small>%, {subjects}, {known[one.never_trained_on]}</small>")
     lines = [
         [
@@ -408,7 +412,7 @@ def _test_set_table(found: Collected) -> str:
         ]
         for row in found.rows
     ]
-    return table("Dice of all organs after the last step, by test set", header, lines)
+    return table("Mean Dice after the last step, by test set", header, lines)
 
 
 def _beside_table(found: Collected) -> str:
@@ -433,7 +437,7 @@ def _beside_table(found: Collected) -> str:
 
 def _paired_table(found: Collected) -> str:
     """Differences to the reference over the same subjects, with intervals; "" where there is nothing to compare."""
-    reference = found.paired.get("reference", "")
+    reference = marked(found.paired.get("reference", ""))
     words = {"all": "all organs", "old": "earlier organs", "new": "new organs"}
     lines, notes = [], []
     for method, groups in found.paired.get("dice", {}).items():
@@ -474,30 +478,36 @@ def _surface_table(found: Collected) -> str:
     ):
         lines = []
         for method in found.methods:
-            cases, values = last_scores([r for r in found.runs if r.method == method], found.classes, score)
+            runs = [run for run in found.runs if run.method == method]
+            values = last_scores(runs, found.classes, score)[1]
             if not np.isnan(values).all():
-                cells = [_mean_of(factor * values[:, c], len(cases)) for c in range(len(found.classes))]
+                single = [last_scores([run], found.classes, score)[1] for run in runs]
+                each = np.concatenate([one for one in single if one.size])
+                cells = [_mean_of(factor * values[:, c], each[:, c]) for c in range(len(found.classes))]
                 lines.append([method_name(method, found.methods), *cells])
         if lines:
             parts.append(table(title, header, lines))
     if not parts:
         return ""
     note = (
-        "Means over the test subjects that have a value; (a of b): only so many have one, as the organ was not found."
+        "Means over the test subjects that have a value; (a of b): so many of the subjects, times trainings, have one. "
+        "A distance lacks where the organ was not found, is not there or is not labelled; an overlap lacks in the last "
+        "two cases only."
     )
     return details("Distances between the outlines", "".join(parts) + paragraph(note, "quiet"))
 
 
 def _cost_table(found: Collected) -> str:
     """Time, memory, network growth and what is kept of earlier data, by step; "" where nothing is scored."""
+    shared = "step 1, of all methods"
     header = ["method, step", "time", "memory", "GPU memory", "parameters added", "prototypes", "scans kept"]
     lines = []
     for one in found.step_costs:
-        if one.step == "step1" and lines:
-            continue  # all methods share it
+        if one.step == "step1" and any(name == shared for name, *_ in lines):
+            continue
         is_joint = one.step == JOINT
         step = "all organs" if is_joint else one.step.replace("step", "step ")
-        name = "step 1, of all methods" if one.step == "step1" else f"{method_name(one.method, found.methods)}, {step}"
+        name = shared if one.step == "step1" else f"{method_name(one.method, found.methods)}, {step}"
         kept = ["all data"] * 2 if is_joint else [_kib(one.prototype_bytes), _kib(one.replay_bytes)]
         lines.append(
             [
@@ -523,17 +533,18 @@ def _kib(size: float | None) -> str:
     return "" if size is None else "none" if size == 0 else f"{max(size / 1024, 0.1):,.1f} KiB"
 
 
-def _mean_of(values: np.ndarray, n_cases: int) -> str:
-    present = values[~np.isnan(values)]
+def _mean_of(values: np.ndarray, each: np.ndarray) -> str:
+    """Mean over subjects, and how many of ``each``, the values of all trainings, are there."""
+    present, n = values[~np.isnan(values)], int((~np.isnan(each)).sum())
     if not present.size:
         return "n/a"
-    few = f" <small>({present.size} of {n_cases})</small>" if present.size < n_cases else ""
+    few = f" <small>({n} of {each.size})</small>" if n < each.size else ""
     return f"{present.mean():.1f}{few}"
 
 
 def _made(found: Collected, commands: Sequence[str]) -> str:
     models = found.models
-    trainings = "\n".join(model.train_command for model in models)
+    trainings = "\n".join(model.train_command for model in models if model.train_command)
     predictions = "\n".join(model.predict_command for model in models)
     settings = yaml.safe_dump(provenance.without_folders(dict(found.schedule)), sort_keys=False, allow_unicode=True)
     test_hash = f" The list of test subjects has the sha256 {found.test_sha256}." if found.test_sha256 else ""

@@ -33,7 +33,7 @@ class PairedDifference:
         p_value: Wilcoxon signed-rank test, two-sided; NaN if ``note`` says why.
         n_subjects: test subjects with a pair.
         n_seeds: seeds with a pair.
-        note: why something is missing or has no width; empty if all is there.
+        note: why something is missing or has no width, and what is left out; empty if all is there.
         by_seed: mean over the subjects of each seed with a pair. Interval and test know nothing of how much these
             differ.
     """
@@ -66,11 +66,15 @@ def paired_difference(method: BySubject, reference: BySubject, classes: Sequence
         interval without width, and no test if they are all zero.
     """
     folds: dict[tuple[str, int | None], list[float]] = defaultdict(list)
+    one_sided = 0
     for (seed, fold), subjects in method.items():
         for subject, scores in subjects.items():
-            other = reference.get((seed, fold), {}).get(subject, {})
-            pairs = [(scores.get(name), other.get(name)) for name in classes]
-            differences = [a - b for a, b in pairs if a is not None and b is not None and not math.isnan(a - b)]
+            other = reference.get((seed, fold), {}).get(subject)
+            if other is None:
+                continue
+            pairs = [[_known(side.get(name)) for side in (scores, other)] for name in classes]
+            one_sided += sum((a is None) != (b is None) for a, b in pairs)
+            differences = [a - b for a, b in pairs if a is not None and b is not None]
             if differences:
                 folds[subject, seed].append(float(np.mean(differences)))
     by_subject: dict[str, list[float]] = defaultdict(list)
@@ -80,19 +84,31 @@ def paired_difference(method: BySubject, reference: BySubject, classes: Sequence
         by_seed[seed].append(by_subject[subject][-1])
     # rounded, so that differences which are equal but for floating point are ties
     values = np.round([np.mean(by_subject[subject]) for subject in sorted(by_subject)], DECIMALS)
-    mean = float(values.mean()) if values.size else math.nan
-    size = (len(values), len(by_seed))
     each = {seed: float(np.mean(differences)) for seed, differences in by_seed.items()}
+    note, low, high, p_value = _tested(values)
+    if one_sided:
+        left_out = f"{one_sided} left out, where one of the two invented an organ that is absent and the other did not"
+        note = f"{note}; {left_out}" if note else left_out
+    mean = float(values.mean()) if values.size else math.nan
+    return PairedDifference(mean, low, high, p_value, len(values), len(by_seed), note, each)
+
+
+def _known(value: float | None) -> float | None:
+    return None if value is None or math.isnan(value) else value
+
+
+def _tested(values: np.ndarray) -> tuple[str, float, float, float]:
+    """What there is to note of the differences, their interval, and the test's p."""
     if len(values) < MIN_SUBJECTS:
-        note = f"{len(values)} subjects with a pair, fewer than {MIN_SUBJECTS}: no interval and no test"
-        return PairedDifference(mean, math.nan, math.nan, math.nan, *size, note, each)
+        too_few = f"{len(values)} subjects with a pair, fewer than {MIN_SUBJECTS}: no interval and no test"
+        return too_few, math.nan, math.nan, math.nan
     if not values.any():
-        return PairedDifference(0.0, 0.0, 0.0, math.nan, *size, "no subject differs: no test", each)
+        return "no subject differs: no test", 0.0, 0.0, math.nan
     p_value = float(stats.wilcoxon(values).pvalue)
     if np.ptp(values) == 0:
-        return PairedDifference(mean, mean, mean, p_value, *size, "all subjects differ equally: no width", each)
+        return "all subjects differ equally: no width", float(values.mean()), float(values.mean()), p_value
     interval = stats.bootstrap((values,), np.mean, method="BCa", rng=np.random.default_rng(0)).confidence_interval
-    return PairedDifference(mean, float(interval.low), float(interval.high), p_value, *size, by_seed=each)
+    return "", float(interval.low), float(interval.high), p_value
 
 
 def paired_differences(
@@ -153,7 +169,7 @@ def paired_table(
         return ""
     lines[0] += ["by seed"] if several else []
     title = (
-        f"{score_name} after the last step, difference to {reference} in points, paired by test subject\n"
+        f"{score_name} after the last step, difference to {marked(reference)} in points, paired by test subject\n"
         "(interval: bootstrap over subjects; p: Wilcoxon signed-rank, not corrected for the number of comparisons)"
     )
     return "\n".join([title, *aligned(lines, header=1), *notes]) + "\n"

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnunet_cil import metrics
+from nnunet_cil.chain import JOINT
 
 _SUMMARY_COLUMNS = {
     "old_mean": ("old", "%"),
@@ -30,7 +31,7 @@ class FinalScores:
     Attributes:
         nsd: in [0, 1]; nsd_tolerance_mm: the tolerance that it was taken at.
         hd95_mm: over the subjects in which reference and prediction both have the class; NaN if a class has no such
-            subject, as a mean without a class that was forgotten would not compare.
+            subject with one of the seeds, as a mean without a class that was forgotten would not compare.
         n_scores: scores behind the means, absent ones included: subjects x classes x seeds.
         missed, invented, both_empty: how many of them have no HD95 because the prediction, the reference or both are
             empty. The first two have Dice and NSD 0, the last has no score.
@@ -92,6 +93,11 @@ class Row:
         """S."""
         return len(self.by_seed)
 
+    @property
+    def is_joint(self) -> bool:
+        """Whether it is the model of all classes together, or the ensemble of its folds."""
+        return self.method.partition(",")[0] == JOINT
+
     @cached_property
     def dice(self) -> NDArray[np.float64]:
         """``(T, K)`` mean over the seeds that have a score; NaN where none has one."""
@@ -102,9 +108,13 @@ class Row:
         """``(T, K)`` standard deviation over seeds (one degree of freedom less); NaN with one seed."""
         return metrics.over_seeds(self.by_seed)[1]
 
+    def forgetting(self, learned_at: Sequence[int]) -> NDArray[np.float64]:
+        """``(K,)`` mean over seeds of ``metrics.forgetting_per_class``."""
+        return metrics.over_seeds(np.stack([metrics.forgetting_per_class(R, learned_at) for R in self.by_seed]))[0]
+
     def summary(self, learned_at: Sequence[int]) -> tuple[dict[str, float], dict[str, float]]:
         """Mean and standard deviation, over seeds, of ``metrics.summary``; the latter is NaN with one seed."""
-        each = [metrics.summary(matrix, learned_at) for matrix in self.by_seed]
+        each = [metrics.summary(matrix, learned_at, self.is_joint) for matrix in self.by_seed]
         values = {key: metrics.over_seeds(np.array([scores[key] for scores in each])) for key in each[0]}
         return {key: float(mean) for key, (mean, _) in values.items()}, {
             key: float(std) for key, (_, std) in values.items()

@@ -45,8 +45,16 @@ def write_report(chain: Chain, variants: Sequence[Variant]) -> Path:
 
 
 def _commands(found: Collected) -> list[str]:
-    seeds = [str(seed) for seed in dict.fromkeys(run.seed for run in found.runs) if seed is not None]
-    arguments = [found.schedule_file.name]
-    arguments += ["--methods", *found.methods] if found.methods else []
-    arguments += ["--seeds", *seeds] if seeds else []
-    return [shlex.join(["nnunet-cil", name, *arguments]) for name in ("run", "report")]
+    """One line for the seeds that have the same methods; the report then takes all that there is."""
+    methods: dict[int | None, dict[str, None]] = {}
+    for run in found.runs:
+        methods.setdefault(run.seed, {})[run.method] = None
+    seeds: dict[tuple[str, ...], list[str]] = {}
+    for seed, names in methods.items():
+        seeds.setdefault(tuple(names), []).extend([] if seed is None else [str(seed)])
+    lines = []
+    for names, numbers in seeds.items():
+        chosen = ["--methods", *names, *(["--seeds", *numbers] if numbers else [])]
+        lines.append(["nnunet-cil", "run", found.schedule_file.name, *chosen])
+    report = ["nnunet-cil", "report", found.schedule_file.name, *(lines[0][3:] if len(lines) == 1 else [])]
+    return [shlex.join(line) for line in (*lines, report)]

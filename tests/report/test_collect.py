@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -77,6 +78,17 @@ def test_damaged_files_are_told_and_left_out(chain):
 def test_coefficients_that_a_method_has_of_its_own(chain):
     found = collect(chain, [chain.variant(method, 0) for method in ("pgcd", "pgcd-no_dapd")])
     assert found.own_settings == {"pgcd": {}, "pgcd-no_dapd": {"lambda_dapd": 0.0}}
+    assert found.own_method == "pgcd"
+
+
+def test_logs_are_read_in_the_order_of_time(tmp_path):
+    """nnU-Net writes days and months without leading zeros: the tenth sorts before the ninth."""
+    write_log(tmp_path, {"kd": [1.0, 1.0]}, number=9)
+    write_log(tmp_path, {"kd": [2.0]}, start=1, number=10)
+    old, new = (tmp_path / f"training_log_2026_1_{day}_10_00_00.txt" for day in (9, 10))
+    os.utime(old, (1000, 1000))
+    os.utime(new, (2000, 2000))
+    assert read_terms(tmp_path)["kd"].tolist() == [1.0, 2.0]
 
 
 def test_scores_of_subjects_are_means_over_runs(chain):

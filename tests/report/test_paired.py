@@ -124,6 +124,7 @@ def test_groups_of_classes():
 
 
 def test_table_as_a_whole():
+    one_left_out = "1 left out, where one of the two invented an organ that is absent and the other did not"
     both = [{"liver": 0.9, "kidney": 0.8}] * 3
     scores = {
         "pgcd": {A: {f"s{i}": entry for i, entry in enumerate(both)}},
@@ -133,7 +134,7 @@ def test_table_as_a_whole():
     }
     assert (
         paired_table(scores, "pgcd", ["liver", "kidney"], [1, 2])
-        == """\
+        == f"""\
 Dice after the last step, difference to pgcd in points, paired by test subject
 (interval: bootstrap over subjects; p: Wilcoxon signed-rank, not corrected for the number of comparisons)
 method    classes  difference  95 % interval      p  subjects  seeds
@@ -141,10 +142,24 @@ method    classes  difference  95 % interval      p  subjects  seeds
 finetune      all       -28.3  [-43.3, +0.0]  0.500         3      1
 finetune      old       -85.0            n/a    n/a         2      1
 finetune      new        +0.0   [+0.0, +0.0]    n/a         3      1
-finetune, old: 2 subjects with a pair, fewer than 3: no interval and no test.
+finetune, all: {one_left_out}.
+finetune, old: 2 subjects with a pair, fewer than 3: no interval and no test; {one_left_out}.
 finetune, new: no subject differs: no test.
 """
     )
+
+
+def test_an_organ_that_one_of_the_two_invented_is_told():
+    empty, invented = one_class(0.8, 0.7, None, 0.6), one_class(0.8, 0.7, 0.0, 0.6)
+    found = paired_difference({A: invented}, {A: empty}, ["a"])
+    assert (found.mean, found.n_subjects) == (0, 3)
+    assert found.note.startswith("no subject differs: no test; 1 left out, where one of the two invented an organ")
+    assert paired_difference({A: empty}, {A: empty}, ["a"]).note == "no subject differs: no test"
+
+
+def test_a_reference_that_keeps_scans_is_marked():
+    scores = {"replay": {A: one_class(0.5, 0.5, 0.5)}, "pgcd": {A: one_class(0.6, 0.5, 0.5)}}
+    assert "difference to replay (not privacy-safe) in points" in paired_table(scores, "replay", ["a"], [1])
 
 
 def test_several_seeds_are_shown_one_by_one():

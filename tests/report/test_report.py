@@ -15,6 +15,7 @@ from nnunet_cil.chain import JOINT
 from nnunet_cil.evaluate import evaluation_file
 from nnunet_cil.report import write
 from nnunet_cil.report.write import write_report
+from nnunet_cil.schedule import load_schedule
 from tests.report import browser
 from tests.report.chain_files import open_chain, write_chain, write_scores, write_test_set
 
@@ -167,6 +168,29 @@ def test_what_a_step_takes_and_keeps_is_told(whole):
     assert rows["joint, all organs"][3:] == ["", "all data", "all data"]
 
 
+def test_commands_train_no_more_than_there_is(chain):
+    variants = write_chain(chain, methods=("pgcd", "joint")) + write_chain(chain, methods=("pgcd",), seeds=(1,))
+    commands = Page(write_report(chain, variants)).text.partition("Commands")[2]
+    assert "nnunet-cil run tiny.yaml --methods pgcd joint --seeds 0" in commands
+    assert "nnunet-cil run tiny.yaml --methods pgcd --seeds 1" in commands
+
+
+def test_a_variant_of_another_method_is_described_by_that(chain):
+    variants = {
+        "mib_5": {"trainer": "nnUNetTrainerMiB", "lambda_kd": 5.0},
+        "replay_20": {"trainer": "nnUNetTrainerReplay", "replay_cases": 20},
+        "strong": {"lambda_pgcd": 3.0},
+    }
+    with chain.schedule.file.open("a") as file:
+        file.write(f"variants: {json.dumps(variants)}\n")
+    chain.schedule = load_schedule(chain.schedule.file)
+    text = Page(write_report(chain, write_chain(chain, methods=("pgcd", *variants)))).text
+    assert "MiB:" in text
+    assert re.search(r"MiB: [^.]*, with lambda_kd 5", text)
+    assert re.search(r"Not privacy-safe: [^.]*, with replay_cases 20", text)
+    assert "The schedule's method, with lambda_pgcd 3" in text
+
+
 def test_several_test_sets_have_a_column_each(chain):
     write_test_set(chain, ("a", "b", "c"))
     path = chain.folder / "test" / "test.json"
@@ -177,9 +201,9 @@ def test_several_test_sets_have_a_column_each(chain):
     variant = chain.variant("pgcd", 0)
     write_scores(chain, variant, 2, {case: dict.fromkeys(("ball", "tube", "blob"), v) for case, v in values.items()})
     page = Page(write_report(chain, [variant]))
-    assert page.rows("Dice of all organs after the last step, by test set") == [["pgcd", "80.0", "40.0"]]
+    assert page.rows("Mean Dice after the last step, by test set") == [["pgcd", "80.0", "40.0"]]
     assert "test set 2" in page.text
-    assert "%, 1 subject, origin unknown" in page.text
+    assert "%, 1 subject, unknown whether trained on" in page.text
 
 
 def test_nothing_private_is_told(whole):
