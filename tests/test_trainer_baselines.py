@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 
 import numpy as np
 import pytest
@@ -179,3 +180,30 @@ def test_imprinted_rows_start_from_prototypes_and_a_resumed_run_keeps_its_own(ch
     again = trainer_of(chain, 2, "pgcd", resume=True)
     again.on_train_start()
     assert torch.equal(again.network.decoder.seg_layers[-1].bias, expected)
+
+
+@pytest.mark.parametrize("method", ["pgcd", "mib"])
+def test_a_step_in_float16_goes_where_one_in_full_precision_goes(chain, method, monkeypatch):
+    """As on CUDA, with autocast and a loss scaler, in its very first iteration."""
+    gradients, batches = [], []
+    for half in (False, True):
+        for seed in (np.random.seed, random.seed, torch.manual_seed):
+            seed(0)
+        monkeypatch.setattr("nnunet_cil.trainer.amp_dtype", lambda *_, half=half: torch.float16 if half else None)
+        trainer = trainer_of(chain, 2, method)
+        trainer.on_train_start()
+        trainer.grad_scaler = torch.amp.GradScaler("cpu") if half else None
+        batches.append(next(trainer.dataloader_train))
+        parameters, step = list(trainer.network.parameters()), trainer.optimizer.step
+
+        def stepping(parameters=parameters, step=step):
+            gradients.append(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]))
+            step()
+
+        trainer.optimizer.step = stepping
+        trainer.train_step(batches[-1])
+    assert torch.equal(batches[0]["data"], batches[1]["data"])
+    full, half = gradients
+    assert torch.isfinite(half).all()
+    assert torch.nn.functional.cosine_similarity(full, half, dim=0) > 0.999
+    assert float(half.norm()) == pytest.approx(float(full.norm()), rel=0.01)
