@@ -553,7 +553,8 @@ def _bytes_kept(chain: Chain, run: _Run) -> dict[str, dict[str, int | None]] | N
         here, before = _fold_folders(chain, run, step), _fold_folders(chain, run, step - 1) if step > 1 else []
         prototypes = [path.stat().st_size for folder in before if (path := folder / PROTOTYPE_FILE).is_file()]
         replays = [path for folder in here if (path := folder / REPLAY_FILE).is_file()]
-        memory = sum(read_json(path, "what replay keeps").get("bytes", 0) for path in replays)
+        kept_bytes = [_read_numbers(path, "what replay keeps", ("bytes",)).get("bytes") for path in replays]
+        memory = None if None in kept_bytes else sum(kept_bytes)
         kept[_name(step)] = {
             "prototypes": sum(prototypes) if all(folder.is_dir() for folder in before) else None,
             "replay": memory if all(folder.is_dir() for folder in here) else None,
@@ -568,7 +569,30 @@ def _costs(chain: Chain, run: _Run) -> dict[str, Any]:
     found = {
         _name(step): _fold_folders(chain, run, step)[0] / "cost.json" for step in _steps(chain, run.variant).values()
     }
-    return {name: read_json(path, "the cost of a step") for name, path in found.items() if path.is_file()}
+    return {name: _read_numbers(path, "the cost of a step") for name, path in found.items() if path.is_file()}
+
+
+def check_cost(content: Mapping[str, Any], path: Path) -> None:
+    """Refuse the content of a ``cost.json`` that holds anything but numbers and nulls.
+
+    Raises:
+        ValueError: it does.
+    """
+    for key, value in content.items():
+        if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
+            raise ValueError(f"{path}: got {key}: {value!r}, expected a number.")
+
+
+def _read_numbers(path: Path, what: str, keys: Sequence[str] = ()) -> dict[str, Any]:
+    """The numbers in a file, or those of these keys; empty, with a warning, for one that is damaged."""
+    try:
+        content = read_json(path, what)
+        content = {key: content.get(key) for key in keys} if keys else content
+        check_cost(content, path)
+    except ValueError as error:
+        logger.warning("%s It is left out.", error)
+        return {}
+    return content
 
 
 def _fold_folders(chain: Chain, run: _Run, step: int | str) -> list[Path]:

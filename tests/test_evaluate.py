@@ -435,3 +435,17 @@ def test_scores_of_an_earlier_version_are_made_anew_from_the_same_predictions(pr
     write_json(path, old)
     assert evaluate_model(chain, variant, 2, "all", "cpu") == new == json.loads(path.read_text(encoding="utf-8"))
     assert calls[0][5] == calls[1][5]
+
+
+def test_damaged_costs_are_left_out(chain, caplog):
+    score(chain, "replay", 0, 1, {"a": {"ball": 0.9}})
+    score(chain, "replay", 0, 2, {"a": {"ball": 0.9, "blob": 0.9}})
+    variant = chain.variant("replay", 0)
+    folder = chain.model_folder(variant, 2) / "fold_all"
+    folder.mkdir(parents=True)
+    write_json(folder / "cost.json", {"seconds_training": [90.0]})
+    write_json(folder / "replay.json", {"bytes": "many"})
+    run = collect_scores(chain, [variant])[0]["runs"][0]
+    assert run["cost"] == {"step2": {}}
+    assert run["bytes_kept"]["step2"]["replay"] is None
+    assert "got seconds_training: [90.0], expected a number" in caplog.text

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from nnunet_cil import nnunet_api
 from nnunet_cil.chain import JOINT, Chain, Variant, method_of
 from nnunet_cil.evaluate import (
     ENSEMBLE,
+    check_cost,
     check_scores,
     check_test,
     collect_scores,
@@ -391,7 +391,7 @@ def _model(chain: Chain, owner: Variant, step: int | str, fold: int | str, probl
         predictions=predictions if evaluation and predictions.is_dir() else None,
         terms=read_terms(folder),
         prototypes=_prototypes(folder / "prototypes.npz", title, problems),
-        cost=_read_json(folder / "cost.json", f"the cost of {title}", problems, _check_cost),
+        cost=_read_json(folder / "cost.json", f"the cost of {title}", problems, check_cost),
         machine=_machine(folder, debug, device),
         train_command="" if is_given else _train_command(chain, owner, step, fold, device),
         predict_command=nnunet_api.predict_line(
@@ -450,12 +450,6 @@ def _read_json(
         problems.append(f"The file with {what} could not be read and is left out.")
         return {}
     return content
-
-
-def _check_cost(content: Mapping[str, Any], path: Path) -> None:
-    for key, value in content.items():
-        if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
-            raise ValueError(f"{path}: got {key}: {value!r}, expected a number.")
 
 
 def _prototypes(path: Path, title: str, problems: list[str]) -> PrototypeStore | None:
