@@ -169,7 +169,10 @@ def test_what_a_step_takes_and_keeps_is_told(whole):
 
 
 def test_commands_train_no_more_than_there_is(chain):
-    variants = write_chain(chain, methods=("pgcd", "joint")) + write_chain(chain, methods=("pgcd",), seeds=(1,))
+    variants = [chain.variant(method, seed) for method, seed in (("pgcd", 0), ("joint", 0), ("pgcd", 1))]
+    for variant in variants:
+        dice = dict.fromkeys(("ball", "tube", "blob"), 0.8)
+        write_scores(chain, variant, JOINT if variant.method == JOINT else 2, {"a": dice})
     commands = Page(write_report(chain, variants)).text.partition("Commands")[2]
     assert "nnunet-cil run tiny.yaml --methods pgcd joint --seeds 0" in commands
     assert "nnunet-cil run tiny.yaml --methods pgcd --seeds 1" in commands
@@ -184,7 +187,10 @@ def test_a_variant_of_another_method_is_described_by_that(chain):
     with chain.schedule.file.open("a") as file:
         file.write(f"variants: {json.dumps(variants)}\n")
     chain.schedule = load_schedule(chain.schedule.file)
-    text = Page(write_report(chain, write_chain(chain, methods=("pgcd", *variants)))).text
+    compared = [chain.variant(method, 0) for method in ("pgcd", *variants)]
+    for variant in compared:
+        write_scores(chain, variant, 2, {"a": dict.fromkeys(("ball", "tube", "blob"), 0.8)})
+    text = Page(write_report(chain, compared)).text
     assert "MiB:" in text
     assert re.search(r"MiB: [^.]*, with lambda_kd 5", text)
     assert re.search(r"Not privacy-safe: [^.]*, with replay_cases 20", text)
