@@ -13,7 +13,7 @@ from nnunetv2.run.run_training import run_training
 
 from nnunet_cil import driver
 from nnunet_cil.chain import Chain
-from nnunet_cil.evaluate import ENSEMBLE, count_parameters, evaluation_file
+from nnunet_cil.evaluate import ENSEMBLE, count_parameters, evaluation_file, subject_scores
 from tests.test_trainer import CPU, make_chain, module_patch  # noqa: F401  (a fixture)
 
 
@@ -74,7 +74,9 @@ def test_it_is_scored_after_each_step_and_has_a_row_of_its_own(chain):
 def test_differences_are_those_of_the_folds(chain):
     scores = json.loads((chain.folder / "scores.json").read_text(encoding="utf-8"))
     assert set(scores["paired"]["dice"]) == {"joint"}
-    assert scores["paired"]["dice"]["joint"]["all"]["n_seeds"] == 2
+    assert scores["paired"]["dice"]["joint"]["all"]["n_seeds"] == 1, "folds are no seeds"
+    compared = subject_scores(chain, [chain.variant("joint", chain.schedule.training.seed)])["joint"]
+    assert [fold for _, fold in compared] == [0, 1], "without the ensemble"
 
 
 def test_the_report_shows_it(chain):
