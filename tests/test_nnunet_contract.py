@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from importlib.metadata import version
 
 import numpy as np
@@ -15,6 +16,9 @@ from nnunetv2.training.logging.nnunet_logger import LocalLogger, MetaLogger
 from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+from nnunet_cil import nnunet_api
 
 
 def test_version_is_the_tested_one():
@@ -109,3 +113,24 @@ def test_class_locations_have_a_channel_axis():
     locations = class_locations(seg, [1, 2], with_annotated=False)
     assert locations[1].tolist() == [[0, 1, 1, 1]]
     assert len(locations[2]) == 0
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["by folders", "by dataset.json"])
+def test_training_cases_are_those_that_nnunet_lists(tmp_path, named):
+    (tmp_path / "imagesTr" / "folder_0000.nii.gz").mkdir(parents=True)
+    stray = ("notes.txt", "a_stray.nii.gz", "b10000.nii.gz", "a__000.nii.gz", "c_00a0.nii.gz", "d_0000.nii")
+    for name in ("b_0001", "b_0000", "a_0000", "a_1_0000", "A_0003"):
+        (tmp_path / "imagesTr" / f"{name}.nii.gz").touch()
+    for name in stray:
+        (tmp_path / "imagesTr" / name).touch()
+    (tmp_path / "imagesTr" / "a_0001.nii.gz").symlink_to("gone")
+    content = {"file_ending": ".nii.gz"}
+    if named:
+        content["dataset"] = {"x": {"images": ["imagesTr/b_0000.nii.gz"], "label": "labelsTr/b.nii.gz"}}
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    theirs = get_filenames_of_train_images_and_targets(str(tmp_path))
+    ours = nnunet_api.training_cases(tmp_path)
+    assert list(ours) == [str(case) for case in theirs]
+    for (images, label), files in zip(ours.values(), theirs.values(), strict=True):
+        assert [str(image) for image in images] == list(files["images"])
+        assert str(label) == files["label"]
