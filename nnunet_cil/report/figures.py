@@ -209,6 +209,13 @@ def plot_score_matrix(rows: Sequence[Row], classes: Sequence[str], learned_at: S
         _colorbar_above(figure, image, grid, "Dice (%)")
 
 
+def forgetting_of_runs(runs: Sequence[NDArray[np.floating]], learned_at: Sequence[int]) -> list[NDArray[np.floating]]:
+    """Forgetting (points of 100 Dice) of each class ``(K,)`` in single runs, if several have come to their end."""
+    found = [100 * metrics.forgetting_per_class(R, learned_at) for R in runs]
+    found = [values for values in found if not np.isnan(values).all()]
+    return found if len(found) > 1 else []
+
+
 def plot_forgetting(
     rows: Sequence[Row],
     dice_by_run: Mapping[str, Sequence[NDArray[np.floating]]],
@@ -249,10 +256,8 @@ def plot_forgetting(
             y = np.array([pitch * i + m for i in range(len(organs))])
             axes.hlines(y, 0, values[organs], color=colour, linewidth=2.2)
             axes.plot(values[organs], y, marker, color=colour, markersize=7.5, markeredgecolor="white", zorder=3)
-            single = dice_by_run.get(method, ())
-            for R in single if len(single) > 1 else ():
-                found = 100 * metrics.forgetting_per_class(R, learned_at)[organs]
-                axes.plot(found, y + 0.32, ".", color=colour, markersize=4, alpha=0.8)
+            for found in forgetting_of_runs(dice_by_run.get(method, ()), learned_at):
+                axes.plot(found[organs], y + 0.32, ".", color=colour, markersize=4, alpha=0.8)
         axes.axvline(0, color=_GREY, linewidth=1)
         centres = pitch * np.arange(len(organs)) + (len(lost) - 1) / 2
         axes.set_yticks(centres, [shown(classes[c]) for c in organs])

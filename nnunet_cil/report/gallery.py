@@ -17,6 +17,7 @@ from nnunet_cil.evaluate import HIGHER_IS_BETTER
 from nnunet_cil.report.collect import Collected, Model, Run, last_scores
 from nnunet_cil.report.figures import (
     forgetting_is_matrix,
+    forgetting_of_runs,
     plot_drift,
     plot_forgetting,
     plot_loss_terms,
@@ -123,7 +124,9 @@ def _scores(found: Collected, folder: Path) -> Shelf:
     is_matrix = forgetting_is_matrix(len(lost), len(measured))
     look = "dark cells" if is_matrix else "markers far to the right"
     dots = (
-        "; small dots are single runs" if not is_matrix and any(len(r) > 1 for r in found.dice_by_run.values()) else ""
+        "; small dots are single runs"
+        if not is_matrix and any(forgetting_of_runs(runs, found.learned_at) for runs in found.dice_by_run.values())
+        else ""
     )
     shelf.figures.append(
         FigureFile(
@@ -320,10 +323,9 @@ def _prototypes(found: Collected, folder: Path) -> Shelf:
             unmeasured.append(f"{marked(method)} ({', '.join(stale)})")
         names = [f"{name} *" if old else name for name, old in zip(last.class_names, last.stale, strict=True)]
         similarities[method] = (names, similarity(last))
-        if len(stores) == len(models) > 1:
-            moved = drift(stores)
-            if any((~np.isnan(distances)).sum() > 1 for distances in moved.values()):
-                drifts[method] = moved
+        moved = drift([model.prototypes for model in models])
+        if any((~np.isnan(distances)).sum() > 1 for distances in moved.values()):
+            drifts[method] = moved
         if any(_of_another_checkpoint(model) for model in models):
             shelf.missing.append(f"{marked(method)}: prototypes and scores belong to different trainings of a step.")
     if without:

@@ -42,25 +42,25 @@ def alignment(before: PrototypeStore, after: PrototypeStore) -> dict[str, float]
     return dict(zip(names, found.tolist(), strict=True))
 
 
-def drift(stores: Sequence[PrototypeStore]) -> dict[str, NDArray[np.float64]]:
+def drift(stores: Sequence[PrototypeStore | None]) -> dict[str, NDArray[np.float64]]:
     """Distance of each class's prototype from where it was when first extracted, in units of the class's spread then.
 
     Our derivation: 1 is the root mean squared distance of the class's own voxels from their mean, so that organs and
-    networks compare. NaN at a step that has no voxels of the class (its prototype is taken over, not measured), and
-    from a class without spread.
+    networks compare. NaN at a step without prototypes or without voxels of the class (its prototype is taken over, not
+    measured), and from a class without spread.
 
     Args:
-        stores: of one chain, in the order of its steps.
+        stores: of one chain, in the order of its steps; None for a step without, as of stock nnU-Net.
 
     Returns:
         Class name -> (number of stores,) distances; 0 where first extracted, NaN before.
     """
-    names = list(dict.fromkeys(name for store in stores for name in store.class_names))
+    names = list(dict.fromkeys(name for store in stores if store is not None for name in store.class_names))
     found = {name: np.full(len(stores), np.nan) for name in names}
     for name, distances in found.items():
         first = None
         for position, store in enumerate(stores):
-            if name not in store.class_names:
+            if store is None or name not in store.class_names:
                 continue
             row = store.class_names.index(name)
             if store.stale[row] or not store.usable[row]:

@@ -176,6 +176,14 @@ def test_forgetting_is_that_of_the_table(tmp_path, drawn):
     assert [label.get_text() for label in axes.get_yticklabels()] == ORGANS[:2]
 
 
+def test_forgetting_of_single_runs_is_that_of_finished_ones(tmp_path, drawn):
+    begun = np.array([PGCD.by_seed[0][0], [NAN] * 3])
+    ended = PGCD.by_seed[0] - 0.1
+    for runs, n_dots in (([PGCD.by_seed[0], begun], 0), ([PGCD.by_seed[0], ended, begun], 2)):
+        figures.plot_forgetting([PGCD], {"pgcd": runs}, ORGANS, LEARNED_AT, tmp_path / "f.png")
+        assert [line.get_marker() for line in drawn[-1].axes[0].get_lines()].count(".") == n_dots
+
+
 def test_much_forgetting_is_a_heat_map(tmp_path, drawn):
     R = np.array([[0.9] * 20 + [NAN], [0.4] * 20 + [0.9]])
     rows = [Row(method, R[None]) for method in ("pgcd", "finetune", "lwf")]

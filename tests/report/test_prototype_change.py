@@ -73,6 +73,11 @@ def test_a_prototype_that_was_taken_over_has_not_been_measured():
     np.testing.assert_allclose(found["b"], [0, 0])
 
 
+def test_steps_without_prototypes_leave_gaps():
+    found = drift([None, _store("ab", [[0, 0], [1, 1]]), None, _store("ab", [[3, 4], [1, 1]])])
+    np.testing.assert_allclose(found["a"], [np.nan, 0, np.nan, 5])
+
+
 @pytest.mark.parametrize("spread", [0.0, np.nan])
 def test_no_drift_without_spread(spread):
     first = replace(_store("a", [[1, 1]]), spread=np.array([spread], np.float32))
