@@ -88,7 +88,7 @@ def test_stock_nnunet_predicts_the_same_bit_for_bit_without_this_package(chain, 
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         (tmp_path / name).mkdir()
         environment[name] = str(tmp_path / name)
-    line = "x -i images -o {} -d 501 -c 3d_fullres -f all -device cpu -npp 1 -nps 1 --save_probabilities"
+    line = "x -i images -o {} -d 501 -c 3d_fullres -f all -device cpu -npp 0 -nps 0 --save_probabilities"
     code = """
 import sys
 from nnunetv2.inference.predict_from_raw_data import predict_entry_point

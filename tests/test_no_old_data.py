@@ -89,7 +89,7 @@ class Shell:
         self.root = root.resolve()
         self.environment = {key: value for key, value in os.environ.items() if not key.startswith("nnUNet_")}
         self.environment |= {name: str(self.root / name) for name in FOLDERS}
-        self.environment |= {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "2"}
+        self.environment |= {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1"}
         exported = subprocess.run([str(BIN / "nnunet-cil"), "env"], capture_output=True, text=True, check=True)
         self.environment["nnUNet_extTrainer"] = exported.stdout.strip().split("=", 1)[1].strip("'\"")
 

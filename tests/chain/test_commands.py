@@ -105,7 +105,7 @@ def test_lines_typed_by_hand_give_what_the_driver_gives(driven, tmp_path):
 def test_nnunets_own_predict_gives_the_segmentations_that_were_scored(driven):
     images = driven.root / "nnUNet_results" / "chain_tiny" / "test" / "images"
     line = f"nnUNetv2_predict -i {images} -o out -d Dataset501_tiny_step2 -tr nnUNetTrainerPGCD"
-    line += " -c 3d_fullres -f 0 -device cpu -npp 1 -nps 1"
+    line += " -c 3d_fullres -f 0 -device cpu -npp 0 -nps 0"
     driven.types('eval "$(nnunet-cil env)"', line)
     stored = driven.root.glob("nnUNet_results/chain_tiny/predictions/nnUNetPlans/step2_fold_0/*/case_5.nii.gz")
     ours, theirs = (

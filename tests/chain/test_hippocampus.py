@@ -23,7 +23,7 @@ SCHEDULE = {
     "plans": {"spacing": [2, 2, 2], "patch_size": [16, 16, 16], "batch_size": 4, "features_per_stage": [8, 16, 32]},
     "mirror_axes": [2],
     "training": {
-        "epochs": 6,
+        "epochs": 4,
         "iterations_per_epoch": 80,
         "val_iterations_per_epoch": 2,
         "initial_lr": 0.02,
