@@ -248,8 +248,8 @@ def _say(line: str) -> None:
     logger.info("  %s", line)
 
 
-def predict_line(chain: Chain, variant: Variant, step: int | str, fold: int | str) -> str:
-    """The plain ``nnUNetv2_predict`` command for a step's model."""
+def predict_line(chain: Chain, variant: Variant, step: int | str, fold: int | str, images: str | None = None) -> str:
+    """The plain ``nnUNetv2_predict`` command for a step's model, by default with the path of the test images."""
     trainer, plans_name, configuration = chain.model_folder(variant, step).name.split("__")
     return nnunet_api.predict_line(
         chain.dataset_name(step),
@@ -257,7 +257,7 @@ def predict_line(chain: Chain, variant: Variant, step: int | str, fold: int | st
         _members(chain, fold),
         trainer,
         plans_name,
-        str(chain.folder / "test" / "images"),
+        images or str(chain.folder / "test" / "images"),
     )
 
 

@@ -23,7 +23,9 @@ from nnunet_cil.evaluate import (
     collect_scores,
     evaluation_file,
     learned_at,
+    predict_line,
     scored_as,
+    scored_folds,
 )
 from nnunet_cil.guard import GUARD_FILE, Check, checks_of, place_of
 from nnunet_cil.prototypes import PrototypeStore
@@ -36,6 +38,7 @@ logger = logging.getLogger(__name__)
 _EPOCH = re.compile(r"Epoch ([0-9]{1,7}) *$")
 _TERM = re.compile(r": loss_(\w+) (nan|-?inf|-?[0-9]+\.[0-9]+) *$")
 _PRECISION = re.compile(r": Precision: (.*\S)")
+_IMAGES = "TEST_IMAGES"  # so that the page has no path of this machine
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,6 +141,7 @@ class Collected:
         rows: Dice by method, the mean over seeds and folds; only methods with a score.
         dice_by_run: method -> (T, K) Dice of each of its runs.
         runs: all runs that were asked for, in their order.
+        predict_ensembles: commands for the ensembles of folds, if there are several folds.
         test: folder of the test set, with the content of its ``test.json``; empty without.
         schedule: settings in force.
         schedule_file: the file they come from.
@@ -163,6 +167,7 @@ class Collected:
     rows: tuple[Row, ...]
     dice_by_run: Mapping[str, tuple[NDArray[np.float64], ...]]
     runs: tuple[Run, ...]
+    predict_ensembles: tuple[str, ...]
     test: Mapping[str, Any]
     test_folder: Path
     schedule: Mapping[str, Any]
@@ -255,7 +260,7 @@ def collect(chain: Chain, variants: Sequence[Variant]) -> Collected:
     """
     problems: list[str] = []
     known: dict[tuple[str, int | None, int | str, int | str], Model] = {}
-    runs = []
+    runs, of_ensembles = [], []
     for variant in variants if chain.content["plans_name"] else ():
         steps: list[int | str] = [JOINT] if variant.method == JOINT else [*range(1, chain.n_steps + 1)]
         for fold in chain.schedule.folds:
@@ -266,6 +271,9 @@ def collect(chain: Chain, variants: Sequence[Variant]) -> Collected:
                 known[key] = known.get(key) or _model(chain, owner, step, fold, problems)
                 models.append(known[key])
             runs.append(Run(variant.method, variant.seed, fold, tuple(models)))
+        if ENSEMBLE in scored_folds(chain):
+            owners = {step: chain.first_step(variant.seed) if step == 1 else variant for step in steps}
+            of_ensembles += [predict_line(chain, owner, step, ENSEMBLE, _IMAGES) for step, owner in owners.items()]
     content, rows = collect_scores(chain, list(variants)) if runs else ({"runs": []}, [])
     by_run: dict[str, list[NDArray[np.float64]]] = {}
     for run in (run for run in content["runs"] if run["fold"] != ENSEMBLE):
@@ -279,6 +287,7 @@ def collect(chain: Chain, variants: Sequence[Variant]) -> Collected:
         rows=tuple(rows),
         dice_by_run={method: tuple(matrices) for method, matrices in by_run.items()},
         runs=tuple(runs),
+        predict_ensembles=tuple(dict.fromkeys(of_ensembles)),
         test=_read_json(chain.folder / "test" / "test.json", "the list of test subjects", problems, check_test),
         test_folder=chain.folder / "test",
         schedule=chain.schedule.to_dict(),
@@ -377,7 +386,6 @@ def _model(chain: Chain, owner: Variant, step: int | str, fold: int | str, probl
     predictions = path.parent / "_".join(part[:16] for part in hashes)
     debug = _read_json(folder / "debug.json", f"the settings of {title}", problems)
     device = str(debug.get("device", ""))
-    trainer, plans_name, configuration = chain.model_folder(owner, step).name.split("__")
     is_given = step == 1 and chain.schedule.model is not None
     return Model(
         method=owner.method,
@@ -394,14 +402,7 @@ def _model(chain: Chain, owner: Variant, step: int | str, fold: int | str, probl
         cost=_read_json(folder / "cost.json", f"the cost of {title}", problems, check_cost),
         machine=_machine(folder, debug, device),
         train_command="" if is_given else _train_command(chain, owner, step, fold, device),
-        predict_command=nnunet_api.predict_line(
-            chain.dataset_name(step),
-            configuration,
-            (fold,),
-            trainer,
-            plans_name,
-            "TEST_IMAGES",
-        ),
+        predict_command=predict_line(chain, owner, step, fold, _IMAGES),
     )
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -47,6 +48,15 @@ def test_nothing_trained(chain):
     assert found.rows == ()
     assert [len(run.models) for run in found.runs] == [2, 1]
     assert all(model.scores is None and not model.trained and not model.terms for model in found.models)
+
+
+def test_ensembles_have_their_commands(chain, monkeypatch):
+    assert collect(chain, [chain.variant("pgcd", 0)]).predict_ensembles == ()
+    monkeypatch.setattr(chain, "schedule", replace(chain.schedule, folds=(0, 1)))
+    found = collect(chain, [chain.variant(method, 0) for method in ("pgcd", "finetune", "joint")])
+    datasets = [line.split(" -d ")[1].split()[0] for line in found.predict_ensembles]
+    assert datasets == ["Dataset500_tiny_step1", *["Dataset501_tiny_step2"] * 2, "Dataset502_tiny_joint"]
+    assert all(" -f 0 1 " in line and "-i TEST_IMAGES" in line for line in found.predict_ensembles)
 
 
 def test_nothing_prepared(chain):
