@@ -24,7 +24,7 @@ from nnunet_cil.labels import cumulative_labels
 from nnunet_cil.metrics import NO_FORWARD_TRANSFER, final_means, gap_to_joint, over_seeds, plasticity_gap, summary
 from nnunet_cil.parallel import over_cases
 from nnunet_cil.report.paired import Scores, paired_differences
-from nnunet_cil.report.table import FinalScores, Row
+from nnunet_cil.report.table import FinalScores, Row, marked
 from nnunet_cil.surface_scores import ABSENCES, absence
 from nnunet_cil.teacher import PROTOTYPE_FILE, sha256_of
 from nnunet_cil.untrusted import is_ending, is_name, read_json
@@ -106,7 +106,7 @@ def evaluate_model(chain: Chain, variant: Variant, step: int | str, fold: int | 
     ending = test["file_ending"]
     images = nnunet_api.image_lists(chain.folder / "test" / "images", ending)
     predictions = path.parent / f"{key['checkpoint_sha256'][:16]}_{key['test_sha256'][:16]}"
-    what = f"predicting {len(images)} test subjects with step {step} of {variant.method}"
+    what = f"predicting {len(images)} test subjects with step {step} of {marked(variant.method)}"
     logger.info("%s; by hand:\n  %s", what, predict_line(chain, variant, step, fold))
     preprocessed = chain.folder / "test" / "preprocessed"
     folds = _members(chain, fold)

@@ -342,10 +342,10 @@ def test_matrices_as_csv(chain):
     assert sorted(path.name for path in files[0].parent.iterdir()) == sorted(names)
 
 
-def save_checkpoint(chain: Chain, n_rows: int) -> None:
+def save_checkpoint(chain: Chain, n_rows: int, method: str = "pgcd") -> None:
     shared = torch.zeros(2, 3)
     weights = {"encoder.weight": shared, "decoder.encoder.weight": shared, "head": torch.zeros(n_rows, 4)}
-    path = chain.model_folder(chain.variant("pgcd", 0), 2) / "fold_all" / "checkpoint_final.pth"
+    path = chain.model_folder(chain.variant(method, 0), 2) / "fold_all" / "checkpoint_final.pth"
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"network_weights": weights, "optimizer_state": {}}, path)
 
@@ -398,6 +398,15 @@ def test_each_subject_is_scored_on_what_its_set_labels(predicting):
     assert found["parameters"] == 2 * 3 + 3 * 4
     stored = evaluation_file(chain, chain.variant("pgcd", 0), 2, "all")
     assert json.loads(stored.read_text(encoding="utf-8")) == found
+
+
+def test_the_log_says_what_is_predicted_and_that_it_keeps_scans(predicting, caplog):
+    chain, _ = predicting
+    save_checkpoint(chain, n_rows=3, method="replay")
+    with caplog.at_level("INFO"):
+        evaluate_model(chain, chain.variant("replay", 0), 2, "all", "cpu")
+    assert "predicting 2 test subjects with step 2 of replay (not privacy-safe)" in caplog.text
+    assert "nnUNetv2_predict" in caplog.text
 
 
 def test_a_model_is_predicted_again_only_if_it_or_the_test_set_changed(predicting):
