@@ -65,6 +65,12 @@ class StepBlock:
         """Number of the student's outputs: background, old and new classes."""
         return self.n_old + len(self.new_classes)
 
+    @property
+    def in_one_piece(self) -> list[int]:
+        """Labels of the old classes of which a pseudo-label is the largest component only."""
+        named = self.settings["largest_component"]
+        return [label for label, name in enumerate(self.old_classes, 1) if named is True or (named and name in named)]
+
     def to_json(self) -> dict[str, Any]:
         """The block as JSON-able dict."""
         return asdict(self) | {"settings": dict(self.settings)}

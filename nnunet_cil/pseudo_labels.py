@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from acvl_utils.morphology.morphology_helper import remove_all_but_largest_component
 from filelock import FileLock
 
 from nnunet_cil import nnunet_api
@@ -128,6 +129,25 @@ def merge_pseudo_labels(
     return torch.where(labels == 0, proposed, labels)
 
 
+def without_islands(merged: np.ndarray, is_proposed: np.ndarray, classes: Sequence[int], ignore_id: int) -> np.ndarray:
+    """Pseudo-labels of which these classes keep their largest component; their other voxels are ignored.
+
+    As nnU-Net's postprocessing finds components: voxels that touch, by a corner at least.
+
+    Args:
+        merged: (1, *spatial), the step's own labels completed by the teacher.
+        is_proposed: (1, *spatial), where the teacher completed them.
+        classes: old classes from 1 on that are in one piece in a whole image.
+        ignore_id: given to the voxels that are left out.
+    """
+    result = merged.copy()
+    for c in classes:
+        mask = (merged == c) & is_proposed
+        if mask.any():
+            result[mask & ~remove_all_but_largest_component(mask[0])[None]] = ignore_id
+    return result
+
+
 class PseudoLabelCache:
     """Offline pseudo-labels of one step's preprocessed cases: segmentation and class locations, one pair a case.
 
@@ -138,7 +158,8 @@ class PseudoLabelCache:
         folder: parent of all caches of a dataset, outside nnU-Net's data folder.
         key: everything beside the case's own labels that the result depends on; ``n_classes`` among it. Voxels on
             which the teacher is not believed get the id ``n_classes``, and so do labels from ``ignored_from`` on, where
-            it is there: a case of an earlier step has that step's id for ignored voxels.
+            it is there: a case of an earlier step has that step's id for ignored voxels. ``largest_component``, where
+            it is there, has old classes that are in one piece.
     """
 
     def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
@@ -220,6 +241,7 @@ class PseudoLabelCache:
         own = torch.where(own >= self.key.get("ignored_from", n_classes), n_classes, own)
         logits = rule_out(logits[None], [ruled_out])
         merged = merge_pseudo_labels(own, logits, accepts, ignore_id=n_classes)[0].numpy()
+        merged = without_islands(merged, own[0].numpy() == 0, self.key.get("largest_component", ()), n_classes)
         locations = nnunet_api.class_locations(merged, range(1, n_classes), with_annotated)
         counts = np.bincount(merged[(merged >= 0) & (merged < n_classes)], minlength=n_classes)
         arrays = {"source": np.asarray(self._source_digest(seg, ruled_out)), "counts": counts}

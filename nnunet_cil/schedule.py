@@ -41,6 +41,7 @@ METHOD_DEFAULTS: Mapping[str, Any] = {
     "tau_background": 0.7,
     "pseudo_labels": "offline",
     "pseudo_label_mirroring": False,
+    "largest_component": False,
     "old_prototypes": "reextract",
     "background_features": "teacher",
     "class_balance": False,
@@ -435,6 +436,7 @@ class _Reader:
             self.problem("unlabelled", "the key without a source", "a source, or the key in each step that needs it")
         own = self._steps(raw.get("steps"), values["source"], () if model is None else model.classes)
         values["steps"] = own if model is None else (Step(model.classes), *own)
+        self._check_components(values)
         self._check_channels(values["intensity"], values["source"], values["steps"])
         if values["device"] in ("cpu", "mps") and values["training"].amp == "float16":
             self.problem("training: amp", f"float16 with device: {values['device']}", "auto, bfloat16 or off")
@@ -443,6 +445,14 @@ class _Reader:
         if self.problems:
             raise ScheduleError("\n".join(self.problems))
         return Schedule(file=self.path, raw=raw, **values)
+
+    def _check_components(self, values: Mapping[str, Any]) -> None:
+        known = [name for step in values["steps"] for name in step.classes]
+        for where, settings in {"method": values["method"], **values["variants"]}.items():
+            named = settings.get("largest_component")
+            if isinstance(named, list) and (unknown := [name for name in named if name not in known]):
+                where = where if where == "method" else f"variants: {where}"
+                self.problem(f"{where}: largest_component", unknown, f"classes of the steps: {known}")
 
     def _check_channels(self, intensity: Intensity, source: Path | None, steps: tuple[Step, ...]) -> None:
         folder = source or (steps[-1].dataset if steps else None)
@@ -546,6 +556,9 @@ class _Reader:
             default = METHOD_DEFAULTS[key]
             if key in METHOD_CHOICES:
                 self._choice(f"{where}: {key}", v, METHOD_CHOICES[key])
+            elif key == "largest_component":
+                if not (isinstance(v, bool) or (isinstance(v, list) and all(isinstance(name, str) for name in v))):
+                    self.problem(f"{where}: {key}", repr(v), "true, false or a list of classes")
             elif key == "fusion":
                 if not (v is None or v == "auto" or (_is_float(v) and 0 <= v <= 1)):
                     self.problem(f"{where}: {key}", repr(v), "auto, a number from 0 to 1, or null")
@@ -566,6 +579,12 @@ class _Reader:
                 f"{where}: class_balance",
                 f"true with pseudo_labels: {method['pseudo_labels']}",
                 "offline ones, over which the balance is counted once",
+            )
+        if method["largest_component"] and method["pseudo_labels"] == "online":
+            self.problem(
+                f"{where}: largest_component",
+                f"{method['largest_component']} with pseudo_labels: online",
+                "offline ones, which are of whole images",
             )
         return method
 

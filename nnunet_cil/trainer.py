@@ -368,6 +368,7 @@ class IncrementalTrainer(nnUNetTrainer):
             "n_classes": block.n_classes,
             **believed,
             "mirror_axes": mirror_axes,
+            **({"largest_component": block.in_one_piece} if block.in_one_piece else {}),
         }
         cache = PseudoLabelCache(Path(self.preprocessed_dataset_folder_base) / "pseudo_labels", key)
         with self._autocast():

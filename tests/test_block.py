@@ -46,6 +46,14 @@ def test_counts_include_the_background():
     assert (BLOCK.n_old, BLOCK.n_classes) == (3, 4)
 
 
+@pytest.mark.parametrize(
+    ("named", "labels"),
+    [(False, []), (True, [1, 2]), (["spleen"], [2]), (["kidney"], []), (["spleen", "liver"], [1, 2])],
+)
+def test_which_old_classes_are_in_one_piece(named, labels):
+    assert read(settings={"largest_component": named}).in_one_piece == labels
+
+
 def test_first_step_has_no_old_classes():
     first = read({"background": 0, "liver": 1, "spleen": 2}, step=1, classes=[["liver", "spleen"]], teacher=None)
     assert first.old_classes == ()

@@ -20,6 +20,7 @@ from nnunet_cil.pseudo_labels import (
     normalised_entropy,
     only_organs,
     rule_out,
+    without_islands,
 )
 
 KEY = {"n_classes": 3, "tau_old": 0.6, "tau_background": 0.8, "teacher": "abc"}
@@ -112,6 +113,24 @@ def test_a_teacher_that_is_sure_of_everything_is_believed():
     assert (merged == 0).all()
 
 
+def test_islands_of_a_class_in_one_piece_are_ignored_and_nothing_else_changes():
+    merged = np.zeros((1, 5, 6, 6), np.int16)
+    merged[0, 1:3, 1:3, 1:3] = 1
+    merged[0, 3, 3, 3] = 1  # touches it by a corner
+    merged[0, 4, 5, 4:6] = 1  # an island
+    merged[0, 0, 0, :2], merged[0, 0, 5, :2] = 2, 2
+    merged[0, 0, 3, 5] = 1  # the step's own label, which no teacher proposed
+    merged[0, 4, 0] = 3
+    is_proposed = np.ones(merged.shape, bool)
+    is_proposed[0, 0, 3, 5] = False
+    before, expected = merged.copy(), merged.copy()
+    expected[0, 4, 5, 4:6] = 9
+    np.testing.assert_array_equal(without_islands(merged, is_proposed, [1, 3], 9), expected)
+    np.testing.assert_array_equal(merged, before)
+    np.testing.assert_array_equal(without_islands(merged, is_proposed, [], 9), merged)
+    np.testing.assert_array_equal(without_islands(merged, is_proposed & False, [1, 2, 3], 9), merged)
+
+
 class FakeDataset:
     def __init__(self, cases):
         self.cases = cases
@@ -168,6 +187,23 @@ def test_labels_that_an_earlier_step_ignored_stay_ignored(tmp_path, dataset):
     seg, locations = cache.load("a")
     assert (np.asarray(seg[:])[0, :2] == KEY["n_classes"]).all()
     assert len(locations[2]) == 0
+
+
+def test_cache_leaves_out_islands_of_classes_in_one_piece(tmp_path, dataset):
+    def with_island(image):
+        logits = teacher(image)
+        logits[:, 5, 0, 0] = torch.tensor([0.0, 8.0])
+        return logits
+
+    fill = {"accepts": BELIEVED, "patch_size": (4, 4, 4), "with_annotated": False}
+    for key, found in ((KEY, 1), (KEY | {"largest_component": [1]}, KEY["n_classes"])):
+        cache = PseudoLabelCache(tmp_path, key)
+        assert cache.fill(dataset, ["a"], with_island, **fill) == 1
+        seg, locations = cache.load("a")
+        seg = np.asarray(seg[:])[0]
+        assert seg[5, 0, 0] == found
+        assert (seg[2:4] == 1).all()
+        assert len(locations[1]) == cache.counts(["a"])[1] == (seg == 1).sum()
 
 
 def test_cache_is_made_once_a_label_file_teacher_and_setting(tmp_path, dataset):

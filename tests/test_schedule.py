@@ -338,6 +338,18 @@ BAD = {
         {**BASE, "method": {"class_balance": True, "pseudo_labels": "online"}},
         "class_balance: got true with pseudo_labels: online, expected offline ones",
     ),
+    "largest component of what": (
+        {**BASE, "method": {"largest_component": "liver"}},
+        "largest_component: got 'liver', expected true, false or a list of classes",
+    ),
+    "largest component of an unknown class": (
+        {**BASE, "variants": {"a": {"largest_component": ["liver", "lung"]}}},
+        r"variants: a: largest_component: got \['lung'\], expected classes of the steps",
+    ),
+    "largest component of a patch": (
+        {**BASE, "method": {"largest_component": True}, "variants": {"a": {"pseudo_labels": "online"}}},
+        "variants: a: largest_component: got True with pseudo_labels: online, expected offline ones",
+    ),
     "base plans of another kind": ({**BASE, "plans": {"base": "schedule.yaml"}}, "plans: base: got .*schedule.yaml"),
     "intensity of no channel": (
         {**BASE, "intensity": {"given": {"CT": NUMBERS}}},

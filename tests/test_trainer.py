@@ -358,7 +358,8 @@ def test_edited_labels_and_regions_are_refused(trained):
                 "plans": "{planner: nnUNetPlannerResEncM, patch_size: [16, 16, 16], features_per_stage: [4, 8, 8]}",
                 "ignore": True,
                 "images": "disjoint",
-                "extra": "method: {class_balance: true, scale_by_classes: true}\nmirror_axes: []",
+                "extra": "method: {class_balance: true, scale_by_classes: true, largest_component: [ball]}\n"
+                "mirror_axes: []",
             },
             id="residual-encoder-ignore-label-disjoint-no-mirroring",
         ),

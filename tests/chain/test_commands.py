@@ -50,16 +50,16 @@ class User:
 def driven(tmp_path_factory) -> User:
     """Ran the whole chain with ``nnunet-cil run``."""
     user = User(tmp_path_factory.mktemp("driven"))
-    user.shown = user.types("nnunet-cil run schedule.yaml --methods pgcd joint")
+    user.shown = user.types("nnunet-cil run schedule.yaml")
     return user
 
 
 def test_run_ends_with_a_table_and_files(driven):
     chain = driven.root / "nnUNet_results" / "chain_tiny"
-    for part in ("Dice after the last step", "pgcd: Dice (%) by step", "joint", "nnUNetv2_predict -i"):
+    for part in ("Dice after the last step", "pgcd: Dice (%) by step", "nnUNetv2_predict -i"):
         assert part in driven.shown
     scores = json.loads((chain / "scores.json").read_text(encoding="utf-8"))
-    assert [run["method"] for run in scores["runs"]] == ["pgcd", "joint"]
+    assert [run["method"] for run in scores["runs"]] == ["pgcd"]
     assert scores["runs"][0]["dice"][0][1] is None, "a class that is not yet learned has no score"
     assert scores["runs"][0]["cost"]["step2"]["seconds_per_iteration"] > 0
     assert (chain / "figures" / "mean_dice.png").stat().st_size > 1000
@@ -68,7 +68,7 @@ def test_run_ends_with_a_table_and_files(driven):
 
 def test_a_second_run_repeats_nothing(driven):
     before = {path: path.stat().st_mtime_ns for path in driven.root.rglob("*.pth")}
-    shown = driven.types("nnunet-cil run schedule.yaml --methods pgcd joint")
+    shown = driven.types("nnunet-cil run schedule.yaml")
     assert before == {path: path.stat().st_mtime_ns for path in driven.root.rglob("*.pth")}
     assert "predicting" not in shown
     assert shown.splitlines()[-1] == driven.shown.splitlines()[-1]
