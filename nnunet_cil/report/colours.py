@@ -75,6 +75,12 @@ def plain_organs() -> int:
     return len(_ORGAN_FIRST)
 
 
+def _further(index: int) -> tuple[str, str]:
+    """The colours come again after a round, with other markers."""
+    n, turn = len(_FURTHER_METHODS), index // len(_FURTHER_METHODS)
+    return _FURTHER_METHODS[index % n][0], _FURTHER_METHODS[(index + 2 * turn) % n][1]
+
+
 def method_styles(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Colour and marker by method.
 
@@ -83,7 +89,7 @@ def method_styles(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
     """
     keys = {method: method.partition(",")[0].lower().replace("_", "") for method in methods}
     unknown = sorted({key for key in keys.values() if key not in _METHODS})
-    further = {key: _FURTHER_METHODS[i % len(_FURTHER_METHODS)] for i, key in enumerate(unknown)}
+    further = {key: _further(i) for i, key in enumerate(unknown)}
     found = {method: (_METHODS | further)[key] for method, key in keys.items()}
     return {
         method: (colour, _ENSEMBLE_MARKERS[marker == _ENSEMBLE_MARKERS[0]]) if "," in method else (colour, marker)

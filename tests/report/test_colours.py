@@ -19,6 +19,11 @@ def test_methods_are_told_apart():
     assert len(set(styles.values())) == len(styles)
 
 
+def test_variants_beside_all_ablations_are_told_apart():
+    styles = method_styles([*METHODS, *(f"pgcd-{name}" for name in ABLATIONS), *(f"mine_{i}" for i in range(12))])
+    assert len(set(styles.values())) == len(styles)
+
+
 def test_the_ensemble_of_a_method_has_its_colour_wherever_it_stands():
     name = "pgcd, 5 folds ensembled"
     alone, beside = method_styles([name]), method_styles([*METHODS, "mine", "mine, 5 folds ensembled", name])
