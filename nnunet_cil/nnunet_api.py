@@ -72,7 +72,7 @@ def taken_dataset_ids() -> dict[int, set[str]]:
 def training_cases(raw_folder: Path) -> dict[str, tuple[list[Path], Path]]:
     """Cases of a raw dataset: ``{case: (image files by channel, label file)}``, as nnU-Net lists them.
 
-    Without the twelve processes that nnU-Net forks for it, which take seconds each time. Nothing is checked to exist
+    Without the twelve processes that nnU-Net forks for it, which take most of a second. Nothing is checked to exist
     beyond what nnU-Net lists.
 
     Raises:
