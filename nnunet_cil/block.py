@@ -7,7 +7,7 @@ with the model.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -65,11 +65,16 @@ class StepBlock:
         """Number of the student's outputs: background, old and new classes."""
         return self.n_old + len(self.new_classes)
 
-    @property
-    def in_one_piece(self) -> list[int]:
-        """Labels of the old classes of which a pseudo-label is the largest component only."""
+    def in_one_piece(self, known: Collection[str]) -> list[int]:
+        """Labels of the old classes of which a pseudo-label is the largest component only.
+
+        Args:
+            known: classes that were in one piece in the labels that they were learned from; what ``auto`` takes.
+        """
         named = self.settings["largest_component"]
-        return [label for label, name in enumerate(self.old_classes, 1) if named is True or (named and name in named)]
+        if not isinstance(named, (list, tuple)):
+            named = {"auto": known, True: self.old_classes, False: ()}[named]
+        return [label for label, name in enumerate(self.old_classes, 1) if name in named]
 
     def to_json(self) -> dict[str, Any]:
         """The block as JSON-able dict."""

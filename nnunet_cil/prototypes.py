@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +141,8 @@ class PrototypeStore:
         step: 1-based number of the step.
         checkpoint_sha256: of the checkpoint the features come from.
         feature_path: module whose output was pooled.
+        in_one_piece: names of the classes that were so in all labels of the step that learned them, see
+            ``pseudo_labels.in_one_piece``.
     """
 
     class_names: tuple[str, ...]
@@ -153,6 +155,7 @@ class PrototypeStore:
     step: int
     checkpoint_sha256: str
     feature_path: str
+    in_one_piece: tuple[str, ...] = ()
 
     @property
     def usable(self) -> np.ndarray:
@@ -179,7 +182,7 @@ class PrototypeStore:
                 if (size := sum(entry.file_size for entry in zipped.infolist())) > MAX_BYTES:
                     raise ValueError(f"{size} bytes unpacked")
             with np.load(path, allow_pickle=False) as file:
-                raw = {f.name: file[f.name] for f in fields(cls)}
+                raw = {f.name: file[f.name] for f in fields(cls) if f.name in file or f.default is MISSING}
             store = cls(
                 class_names=tuple(str(name) for name in raw["class_names"]),
                 means=raw["means"].astype(np.float32),
@@ -191,6 +194,7 @@ class PrototypeStore:
                 step=int(raw["step"]),
                 checkpoint_sha256=str(raw["checkpoint_sha256"]),
                 feature_path=str(raw["feature_path"]),
+                in_one_piece=tuple(str(name) for name in raw.get("in_one_piece", ())),
             )
         except Exception as error:  # a damaged file makes zipfile and numpy raise a dozen kinds
             raise ValueError(
@@ -225,6 +229,8 @@ class PrototypeStore:
             wrong.append(f"tau {self.tau}, expected a positive number")
         if (self.counts < 0).any():
             wrong.append("negative counts")
+        if unknown := sorted({*self.in_one_piece} - {*self.class_names[1:]}):
+            wrong.append(f"unknown classes in one piece, {unknown}")
         return wrong
 
 

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -16,12 +16,14 @@ import numpy as np
 import torch
 from acvl_utils.morphology.morphology_helper import remove_all_but_largest_component
 from filelock import FileLock
+from scipy.ndimage import find_objects
 
 from nnunet_cil import nnunet_api
 
 logger = logging.getLogger(__name__)
 
 ENTROPY_BINS = 100
+SHARE_IN_ONE_PIECE = 0.95
 
 Rule = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -129,15 +131,28 @@ def merge_pseudo_labels(
     return torch.where(labels == 0, proposed, labels)
 
 
-def without_islands(merged: np.ndarray, is_proposed: np.ndarray, classes: Sequence[int], ignore_id: int) -> np.ndarray:
-    """Pseudo-labels of which these classes keep their largest component; their other voxels are ignored.
+def in_one_piece(labels: np.ndarray, classes: Iterable[int], share: float = SHARE_IN_ONE_PIECE) -> dict[int, bool]:
+    """Whether the largest component of each class that is there holds ``share`` of its voxels.
 
     As nnU-Net's postprocessing finds components: voxels that touch, by a corner at least.
 
     Args:
+        labels: (*spatial) of a whole image.
+        classes: to look at.
+        share: below 1, as a slip of the pen is an island, too.
+    """
+    boxes = dict(enumerate(find_objects(np.maximum(labels, 0).astype(np.int32)), 1))
+    masks = {c: labels[boxes[c]] == c for c in classes if boxes.get(c) is not None}
+    return {c: bool(remove_all_but_largest_component(m).sum() >= share * m.sum()) for c, m in masks.items()}
+
+
+def without_islands(merged: np.ndarray, is_proposed: np.ndarray, classes: Sequence[int], ignore_id: int) -> np.ndarray:
+    """Pseudo-labels of which these classes keep their largest component; their other voxels are ignored.
+
+    Args:
         merged: (1, *spatial), the step's own labels completed by the teacher.
         is_proposed: (1, *spatial), where the teacher completed them.
-        classes: old classes from 1 on that are in one piece in a whole image.
+        classes: old classes from 1 on that are in one piece in a whole image, see `in_one_piece`.
         ignore_id: given to the voxels that are left out.
     """
     result = merged.copy()

@@ -557,8 +557,9 @@ class _Reader:
             if key in METHOD_CHOICES:
                 self._choice(f"{where}: {key}", v, METHOD_CHOICES[key])
             elif key == "largest_component":
-                if not (isinstance(v, bool) or (isinstance(v, list) and all(isinstance(name, str) for name in v))):
-                    self.problem(f"{where}: {key}", repr(v), "true, false or a list of classes")
+                named = isinstance(v, list) and all(isinstance(name, str) for name in v)
+                if not (v == "auto" or isinstance(v, bool) or named):
+                    self.problem(f"{where}: {key}", repr(v), "auto, true, false or a list of classes")
             elif key == "fusion":
                 if not (v is None or v == "auto" or (_is_float(v) and 0 <= v <= 1)):
                     self.problem(f"{where}: {key}", repr(v), "auto, a number from 0 to 1, or null")
@@ -580,7 +581,7 @@ class _Reader:
                 f"true with pseudo_labels: {method['pseudo_labels']}",
                 "offline ones, over which the balance is counted once",
             )
-        if method["largest_component"] and method["pseudo_labels"] == "online":
+        if method["largest_component"] not in ("auto", False) and method["pseudo_labels"] == "online":
             self.problem(
                 f"{where}: largest_component",
                 f"{method['largest_component']} with pseudo_labels: online",

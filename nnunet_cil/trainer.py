@@ -10,6 +10,7 @@ import resource
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -51,6 +52,7 @@ from nnunet_cil.pseudo_labels import (
     by_confidence,
     by_entropy,
     entropy_histogram,
+    in_one_piece,
     kept_cases_of,
     median_entropies,
     merge_pseudo_labels,
@@ -361,6 +363,7 @@ class IncrementalTrainer(nnUNetTrainer):
         elif self.objective_class.pseudo_label_rule == "entropy":
             thresholds = self._entropy_thresholds(dataset, training, window)
             believed, accepts = {"entropy": thresholds.tolist()}, by_entropy(thresholds)
+        pieces = block.in_one_piece(() if self.teacher.prototypes is None else self.teacher.prototypes.in_one_piece)
         key = {
             "teacher": self.teacher.sha256,
             "configuration": self.configuration_name,
@@ -368,7 +371,7 @@ class IncrementalTrainer(nnUNetTrainer):
             "n_classes": block.n_classes,
             **believed,
             "mirror_axes": mirror_axes,
-            **({"largest_component": block.in_one_piece} if block.in_one_piece else {}),
+            **({"largest_component": pieces} if pieces else {}),
         }
         cache = PseudoLabelCache(Path(self.preprocessed_dataset_folder_base) / "pseudo_labels", key)
         with self._autocast():
@@ -727,6 +730,8 @@ class IncrementalTrainer(nnUNetTrainer):
     def _final_prototypes(self) -> tuple[PrototypeStore, str]:
         """Global prototypes of the final model over the training cases, and its checkpoint's digest."""
         training, _ = nnUNetTrainer.get_tr_and_val_datasets(self)
+        previous = None if self.teacher is None else self.teacher.prototypes
+        pieces = self._in_one_piece(training, () if previous is None else previous.in_one_piece)
         if self._cache is not None and self.objective_class.uses_pseudo_labels:
             training = PseudoLabelDataset(training, self._cache)
         self.set_deep_supervision_enabled(False)
@@ -734,8 +739,19 @@ class IncrementalTrainer(nnUNetTrainer):
         sha256 = ""
         if self.local_rank == 0 and not self.disable_checkpointing:
             sha256 = sha256_of(Path(self.output_folder, FINAL_CHECKPOINT))
-        previous = None if self.teacher is None else self.teacher.prototypes
-        return self._extract(network, training, self.block.n_classes, sha256, previous), sha256
+        store = self._extract(network, training, self.block.n_classes, sha256, previous)
+        return replace(store, in_one_piece=pieces), sha256
+
+    def _in_one_piece(self, dataset, old: Sequence[str]) -> tuple[str, ...]:
+        """Those of the old classes, and the new ones that are in one piece in each case whose own labels hold them."""
+        cases = sorted(dataset.identifiers)[self.local_rank :: dist.get_world_size() if self.is_ddp else 1]
+        new = dict(enumerate(self.block.new_classes, self.block.n_old))
+        seen = torch.zeros(2, self.block.n_classes, dtype=torch.int64)
+        for case in cases:
+            for c, whole in in_one_piece(np.asarray(dataset.load_case(case)[1][:])[0], new).items():
+                seen[int(whole), c] += 1
+        seen = reduced(seen)
+        return (*old, *(name for c, name in new.items() if seen[1, c] > 0 and seen[0, c] == 0))
 
     def _store(self, store: PrototypeStore, sha256: str) -> None:
         """Prototypes and lineage, beside the checkpoint."""

@@ -48,10 +48,10 @@ def test_counts_include_the_background():
 
 @pytest.mark.parametrize(
     ("named", "labels"),
-    [(False, []), (True, [1, 2]), (["spleen"], [2]), (["kidney"], []), (["spleen", "liver"], [1, 2])],
+    [(False, []), (True, [1, 2]), ("auto", [2]), (["liver"], [1]), (["kidney"], []), (["spleen", "liver"], [1, 2])],
 )
 def test_which_old_classes_are_in_one_piece(named, labels):
-    assert read(settings={"largest_component": named}).in_one_piece == labels
+    assert read(settings={"largest_component": named}).in_one_piece(known=("spleen", "kidney")) == labels
 
 
 def test_first_step_has_no_old_classes():

@@ -117,6 +117,7 @@ def check_stored(chain: Chain, method: str) -> None:
     stored = PrototypeStore.load(fold_of(chain, 2, method) / "prototypes.npz")
     expected = extracted(chain, method)
     assert stored.class_names == expected.class_names
+    assert stored.in_one_piece == expected.class_names[1:]
     np.testing.assert_array_equal(stored.counts, expected.counts)
     for name in ("means", "spread", "centre"):
         np.testing.assert_allclose(getattr(stored, name), getattr(expected, name), rtol=1e-4, atol=1e-5, err_msg=name)

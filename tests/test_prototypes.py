@@ -213,6 +213,7 @@ def test_no_voxel_at_all_or_a_wrong_number_of_names_is_refused():
 def test_saved_prototypes_come_back_equal(tmp_path):
     features, labels = batch()
     store = finished(accumulated([(features, torch.where(labels > 2, -1, labels))]))
+    store = replace(store, in_one_piece=("c", "a"))
     path = tmp_path / "prototypes.npz"
     path.write_bytes(b"an older file")
     store.save(path)
@@ -220,7 +221,17 @@ def test_saved_prototypes_come_back_equal(tmp_path):
     for field in fields(PrototypeStore):
         np.testing.assert_array_equal(getattr(loaded, field.name), getattr(store, field.name))
     assert loaded.class_names == store.class_names
+    assert loaded.in_one_piece == ("c", "a")
     assert [p.name for p in tmp_path.iterdir()] == ["prototypes.npz"]
+
+
+def test_a_file_of_a_version_that_did_not_look_at_components_names_no_class_in_one_piece(tmp_path):
+    store = finished(accumulated([batch()]))
+    path = tmp_path / "prototypes.npz"
+    np.savez(path, **{f.name: np.asarray(getattr(store, f.name)) for f in fields(store) if f.name != "in_one_piece"})
+    assert PrototypeStore.load(path).in_one_piece == ()
+    store.save(path)
+    assert PrototypeStore.load(path).in_one_piece == ()
 
 
 @pytest.mark.faults("full disk", "the file before stays", "nothing")
@@ -269,6 +280,7 @@ def test_damaged_files_are_refused_by_name(tmp_path):
         ({"tau": np.nan}, "tau that are not finite"),
         ({"tau": np.zeros(2)}, "no readable prototypes"),
         ({"step": "two"}, "no readable prototypes"),
+        ({"in_one_piece": ["a", "d"]}, r"unknown classes in one piece, \['d'\]"),
         ({"class_names": np.array([object()])}, "no readable prototypes.*allow_pickle"),
     ],
 )

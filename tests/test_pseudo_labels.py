@@ -15,6 +15,7 @@ from nnunet_cil.pseudo_labels import (
     by_confidence,
     by_entropy,
     entropy_histogram,
+    in_one_piece,
     median_entropies,
     merge_pseudo_labels,
     normalised_entropy,
@@ -187,6 +188,20 @@ def test_labels_that_an_earlier_step_ignored_stay_ignored(tmp_path, dataset):
     seg, locations = cache.load("a")
     assert (np.asarray(seg[:])[0, :2] == KEY["n_classes"]).all()
     assert len(locations[2]) == 0
+
+
+def test_a_class_is_in_one_piece_if_all_but_a_slip_of_the_pen_touches():
+    labels = np.full((12, 12, 12), -1)
+    labels[2:] = 0
+    labels[2:6, :5, :5] = 1  # 100 voxels
+    labels[6, 5, 5] = 1  # by a corner
+    labels[10, 10, :5] = 1
+    labels[8, 0, :9] = 2
+    labels[10, 0, 0] = 2
+    labels[3, 9, 9] = 4
+    assert in_one_piece(labels, (1, 2, 3, 4, 9)) == {1: True, 2: False, 4: True}
+    assert in_one_piece(labels, (1, 2), share=0.9) == {1: True, 2: True}
+    assert in_one_piece(labels, (1,), share=0.96) == {1: False}
 
 
 def test_cache_leaves_out_islands_of_classes_in_one_piece(tmp_path, dataset):

@@ -340,7 +340,7 @@ BAD = {
     ),
     "largest component of what": (
         {**BASE, "method": {"largest_component": "liver"}},
-        "largest_component: got 'liver', expected true, false or a list of classes",
+        "largest_component: got 'liver', expected auto, true, false or a list of classes",
     ),
     "largest component of an unknown class": (
         {**BASE, "variants": {"a": {"largest_component": ["liver", "lung"]}}},

@@ -349,7 +349,7 @@ def test_edited_labels_and_regions_are_refused(trained):
             {
                 "configuration": "2d",
                 "plans": "{patch_size: [16, 16], batch_size: 1, features_per_stage: [4, 8, 8]}",
-                "extra": "method: {old_prototypes: transport, background_features: student}",
+                "extra": "method: {old_prototypes: transport, background_features: student, largest_component: auto}",
             },
             id="2d-batch-of-one-transport",
         ),
@@ -370,9 +370,13 @@ def test_other_configurations_train_both_steps(tmp_path, monkeypatch, changes):
     for step in (1, 2):
         train(chain, step)
         store = PrototypeStore.load(fold_of(chain, step) / "prototypes.npz")
-        assert len(store.class_names) == step + 1
+        assert store.class_names == ("background", "ball", "blob")[: step + 1]
+        assert store.in_one_piece == store.class_names[1:]
     assert not store.stale.any(), "old organs of step 2 are found by pseudo-labels, online or not"
     assert store.counts[1] > 0
+    (key,) = (chain.preprocessed(2) / "pseudo_labels").glob("*/key.json")
+    found = json.loads(key.read_text(encoding="utf-8")).get("largest_component")
+    assert found == ([1] if "largest_component" in changes["extra"] else None)
     logged = torch.load(fold_of(chain, 2) / "checkpoint_final.pth", weights_only=False)["logging"]
     assert np.isfinite([values[0] for key, values in logged.items() if key.startswith("loss_")]).all()
     summary = json.loads((fold_of(chain, 2) / "validation" / "summary.json").read_text(encoding="utf-8"))
