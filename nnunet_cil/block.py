@@ -66,12 +66,12 @@ class StepBlock:
         return self.n_old + len(self.new_classes)
 
     def in_one_piece(self, known: Collection[str]) -> list[int]:
-        """Labels of the old classes of which a pseudo-label is the largest component only.
+        """Labels of the old classes of which a pseudo-label is one component only.
 
         Args:
             known: classes that were in one piece in the labels that they were learned from; what ``auto`` takes.
         """
-        named = self.settings["largest_component"]
+        named = self.settings["one_piece"]
         if not isinstance(named, (list, tuple)):
             named = {"auto": known, True: self.old_classes, False: ()}[named]
         return [label for label, name in enumerate(self.old_classes, 1) if name in named]

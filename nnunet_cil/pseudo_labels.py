@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from acvl_utils.morphology.morphology_helper import remove_all_but_largest_component
+from acvl_utils.morphology.morphology_helper import label_with_component_sizes
 from filelock import FileLock
-from scipy.ndimage import find_objects
+from scipy import ndimage
 
 from nnunet_cil import nnunet_api
 
@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 ENTROPY_BINS = 100
 SHARE_IN_ONE_PIECE = 0.95
+SIZE_OF_A_RIVAL = 0.5
+CONFIDENCE_OF_A_TIE = 0.02
 
 Rule = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -141,25 +143,37 @@ def in_one_piece(labels: np.ndarray, classes: Iterable[int], share: float = SHAR
         classes: to look at.
         share: below 1, as a slip of the pen is an island, too.
     """
-    boxes = dict(enumerate(find_objects(np.maximum(labels, 0).astype(np.int32)), 1))
+    boxes = dict(enumerate(ndimage.find_objects(np.maximum(labels, 0).astype(np.int32)), 1))
     masks = {c: labels[boxes[c]] == c for c in classes if boxes.get(c) is not None}
-    return {c: bool(remove_all_but_largest_component(m).sum() >= share * m.sum()) for c, m in masks.items()}
+    sizes = {c: label_with_component_sizes(mask)[1].values() for c, mask in masks.items()}
+    return {c: max(found) >= share * sum(found) for c, found in sizes.items()}
 
 
-def without_islands(merged: np.ndarray, is_proposed: np.ndarray, classes: Sequence[int], ignore_id: int) -> np.ndarray:
-    """Pseudo-labels of which these classes keep their largest component; their other voxels are ignored.
+def without_islands(
+    merged: np.ndarray, is_proposed: np.ndarray, probabilities: np.ndarray, classes: Sequence[int], ignore_id: int
+) -> np.ndarray:
+    """Pseudo-labels of which these classes keep one component; their other voxels are ignored.
+
+    Of components at least half as large as the largest it is the one of which the teacher is most confident: on images
+    of another kind than it knows, the largest is often not the organ. Those within 0.02 of it stay, too, as nothing
+    tells them apart. Our derivation.
 
     Args:
         merged: (1, *spatial), the step's own labels completed by the teacher.
         is_proposed: (1, *spatial), where the teacher completed them.
+        probabilities: (n_old, *spatial) of the teacher.
         classes: old classes from 1 on that are in one piece in a whole image, see `in_one_piece`.
         ignore_id: given to the voxels that are left out.
     """
     result = merged.copy()
     for c in classes:
-        mask = (merged == c) & is_proposed
-        if mask.any():
-            result[mask & ~remove_all_but_largest_component(mask[0])[None]] = ignore_id
+        mask = ((merged == c) & is_proposed)[0]
+        components, sizes = label_with_component_sizes(mask)
+        rivals = [number for number, size in sizes.items() if size >= SIZE_OF_A_RIVAL * max(sizes.values())]
+        if rivals:
+            confidence = np.asarray(ndimage.mean(probabilities[c], components, rivals))
+            kept = np.asarray(rivals)[confidence >= confidence.max() - CONFIDENCE_OF_A_TIE]
+            result[0][mask & ~np.isin(components, kept)] = ignore_id
     return result
 
 
@@ -173,8 +187,8 @@ class PseudoLabelCache:
         folder: parent of all caches of a dataset, outside nnU-Net's data folder.
         key: everything beside the case's own labels that the result depends on; ``n_classes`` among it. Voxels on
             which the teacher is not believed get the id ``n_classes``, and so do labels from ``ignored_from`` on, where
-            it is there: a case of an earlier step has that step's id for ignored voxels. ``largest_component``, where
-            it is there, has old classes that are in one piece.
+            it is there: a case of an earlier step has that step's id for ignored voxels. ``one_piece``, where it is
+            there, has old classes that are in one piece.
     """
 
     def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
@@ -256,7 +270,9 @@ class PseudoLabelCache:
         own = torch.where(own >= self.key.get("ignored_from", n_classes), n_classes, own)
         logits = rule_out(logits[None], [ruled_out])
         merged = merge_pseudo_labels(own, logits, accepts, ignore_id=n_classes)[0].numpy()
-        merged = without_islands(merged, own[0].numpy() == 0, self.key.get("largest_component", ()), n_classes)
+        if pieces := self.key.get("one_piece"):
+            probabilities = torch.softmax(logits[0].float(), 0).numpy()
+            merged = without_islands(merged, own[0].numpy() == 0, probabilities, pieces, n_classes)
         locations = nnunet_api.class_locations(merged, range(1, n_classes), with_annotated)
         counts = np.bincount(merged[(merged >= 0) & (merged < n_classes)], minlength=n_classes)
         arrays = {"source": np.asarray(self._source_digest(seg, ruled_out)), "counts": counts}

@@ -41,7 +41,7 @@ METHOD_DEFAULTS: Mapping[str, Any] = {
     "tau_background": 0.7,
     "pseudo_labels": "offline",
     "pseudo_label_mirroring": False,
-    "largest_component": False,
+    "one_piece": "auto",
     "old_prototypes": "reextract",
     "background_features": "teacher",
     "class_balance": False,
@@ -64,7 +64,7 @@ METHOD_DEFAULTS: Mapping[str, Any] = {
     "ewc_patches": 50,
     "replay_cases": 4,
 }
-STORED_METHOD_DEFAULTS: Mapping[str, Any] = {**METHOD_DEFAULTS, "voxel_stride": 1}
+STORED_METHOD_DEFAULTS: Mapping[str, Any] = {**METHOD_DEFAULTS, "voxel_stride": 1, "one_piece": False}
 """What a key meant that a stored chain or model lacks: a version without it trained so."""
 METHOD_CHOICES = {
     "pseudo_labels": ("offline", "online", "off"),
@@ -449,10 +449,10 @@ class _Reader:
     def _check_components(self, values: Mapping[str, Any]) -> None:
         known = [name for step in values["steps"] for name in step.classes]
         for where, settings in {"method": values["method"], **values["variants"]}.items():
-            named = settings.get("largest_component")
+            named = settings.get("one_piece")
             if isinstance(named, list) and (unknown := [name for name in named if name not in known]):
                 where = where if where == "method" else f"variants: {where}"
-                self.problem(f"{where}: largest_component", unknown, f"classes of the steps: {known}")
+                self.problem(f"{where}: one_piece", unknown, f"classes of the steps: {known}")
 
     def _check_channels(self, intensity: Intensity, source: Path | None, steps: tuple[Step, ...]) -> None:
         folder = source or (steps[-1].dataset if steps else None)
@@ -556,7 +556,7 @@ class _Reader:
             default = METHOD_DEFAULTS[key]
             if key in METHOD_CHOICES:
                 self._choice(f"{where}: {key}", v, METHOD_CHOICES[key])
-            elif key == "largest_component":
+            elif key == "one_piece":
                 named = isinstance(v, list) and all(isinstance(name, str) for name in v)
                 if not (v == "auto" or isinstance(v, bool) or named):
                     self.problem(f"{where}: {key}", repr(v), "auto, true, false or a list of classes")
@@ -581,10 +581,10 @@ class _Reader:
                 f"true with pseudo_labels: {method['pseudo_labels']}",
                 "offline ones, over which the balance is counted once",
             )
-        if method["largest_component"] not in ("auto", False) and method["pseudo_labels"] == "online":
+        if method["one_piece"] not in ("auto", False) and method["pseudo_labels"] == "online":
             self.problem(
-                f"{where}: largest_component",
-                f"{method['largest_component']} with pseudo_labels: online",
+                f"{where}: one_piece",
+                f"{method['one_piece']} with pseudo_labels: online",
                 "offline ones, which are of whole images",
             )
         return method

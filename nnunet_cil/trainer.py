@@ -371,7 +371,7 @@ class IncrementalTrainer(nnUNetTrainer):
             "n_classes": block.n_classes,
             **believed,
             "mirror_axes": mirror_axes,
-            **({"largest_component": pieces} if pieces else {}),
+            **({"one_piece": pieces} if pieces else {}),
         }
         cache = PseudoLabelCache(Path(self.preprocessed_dataset_folder_base) / "pseudo_labels", key)
         with self._autocast():

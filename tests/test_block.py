@@ -51,7 +51,7 @@ def test_counts_include_the_background():
     [(False, []), (True, [1, 2]), ("auto", [2]), (["liver"], [1]), (["kidney"], []), (["spleen", "liver"], [1, 2])],
 )
 def test_which_old_classes_are_in_one_piece(named, labels):
-    assert read(settings={"largest_component": named}).in_one_piece(known=("spleen", "kidney")) == labels
+    assert read(settings={"one_piece": named}).in_one_piece(known=("spleen", "kidney")) == labels
 
 
 def test_first_step_has_no_old_classes():
@@ -63,7 +63,8 @@ def test_first_step_has_no_old_classes():
 
 def test_what_a_block_leaves_out_has_the_defaults():
     block = read(settings={"mu": 0.5}, training={"epochs": 9}, teacher_checkpoint=None)
-    assert block.settings == {**METHOD_DEFAULTS, "mu": 0.5, "voxel_stride": 1}, "a version without it took all voxels"
+    of_then = {"voxel_stride": 1, "one_piece": False}
+    assert block.settings == {**METHOD_DEFAULTS, "mu": 0.5, **of_then}, "versions without them took all voxels"
     assert block.training == Training(epochs=9)
     assert block.teacher_checkpoint == "checkpoint_final.pth"
 

@@ -126,10 +126,30 @@ def test_islands_of_a_class_in_one_piece_are_ignored_and_nothing_else_changes():
     is_proposed[0, 0, 3, 5] = False
     before, expected = merged.copy(), merged.copy()
     expected[0, 4, 5, 4:6] = 9
-    np.testing.assert_array_equal(without_islands(merged, is_proposed, [1, 3], 9), expected)
+    confidence = np.full((4, 5, 6, 6), 0.6)
+    confidence[1, 4, 5, 4:6] = 0.9
+    np.testing.assert_array_equal(without_islands(merged, is_proposed, confidence, [1, 3], 9), expected)
     np.testing.assert_array_equal(merged, before)
-    np.testing.assert_array_equal(without_islands(merged, is_proposed, [], 9), merged)
-    np.testing.assert_array_equal(without_islands(merged, is_proposed & False, [1, 2, 3], 9), merged)
+    np.testing.assert_array_equal(without_islands(merged, is_proposed, confidence, [], 9), merged)
+    np.testing.assert_array_equal(without_islands(merged, is_proposed & False, confidence, [1, 2, 3], 9), merged)
+
+
+@pytest.mark.parametrize(
+    ("size", "confident", "keeps"),
+    [(3, 0.8, [True, False]), (4, 0.8, [False, True]), (4, 0.7875, [True, True]), (4, 0.7, [True, False])],
+)
+def test_of_components_of_like_size_the_most_confident_is_the_organ(size, confident, keeps):
+    merged = np.zeros((1, 3, 3, 9), np.int16)
+    confidence = np.full((2, 3, 3, 9), 0.7)
+    first, second = (slice(None), 0, 0, slice(0, 8)), (slice(None), 2, 2, slice(0, size))
+    merged[first] = merged[second] = 1
+    confidence[1][first[1:]] = [0.55, 0.99] * 4
+    confidence[1][second[1:]] = confident
+    found = without_islands(merged, merged == 0, confidence, [1], 5)
+    np.testing.assert_array_equal(found, merged, err_msg="what was not proposed stays")
+    found = without_islands(merged, merged >= 0, confidence, [1], 5)
+    assert [(found[where] == 1).all() for where in (first, second)] == keeps
+    assert [(found[where] == 5).all() for where in (first, second)] == [not kept for kept in keeps]
 
 
 class FakeDataset:
@@ -211,7 +231,7 @@ def test_cache_leaves_out_islands_of_classes_in_one_piece(tmp_path, dataset):
         return logits
 
     fill = {"accepts": BELIEVED, "patch_size": (4, 4, 4), "with_annotated": False}
-    for key, found in ((KEY, 1), (KEY | {"largest_component": [1]}, KEY["n_classes"])):
+    for key, found in ((KEY, 1), (KEY | {"one_piece": [1]}, KEY["n_classes"])):
         cache = PseudoLabelCache(tmp_path, key)
         assert cache.fill(dataset, ["a"], with_island, **fill) == 1
         seg, locations = cache.load("a")

@@ -339,16 +339,16 @@ BAD = {
         "class_balance: got true with pseudo_labels: online, expected offline ones",
     ),
     "largest component of what": (
-        {**BASE, "method": {"largest_component": "liver"}},
-        "largest_component: got 'liver', expected auto, true, false or a list of classes",
+        {**BASE, "method": {"one_piece": "liver"}},
+        "one_piece: got 'liver', expected auto, true, false or a list of classes",
     ),
     "largest component of an unknown class": (
-        {**BASE, "variants": {"a": {"largest_component": ["liver", "lung"]}}},
-        r"variants: a: largest_component: got \['lung'\], expected classes of the steps",
+        {**BASE, "variants": {"a": {"one_piece": ["liver", "lung"]}}},
+        r"variants: a: one_piece: got \['lung'\], expected classes of the steps",
     ),
     "largest component of a patch": (
-        {**BASE, "method": {"largest_component": True}, "variants": {"a": {"pseudo_labels": "online"}}},
-        "variants: a: largest_component: got True with pseudo_labels: online, expected offline ones",
+        {**BASE, "method": {"one_piece": True}, "variants": {"a": {"pseudo_labels": "online"}}},
+        "variants: a: one_piece: got True with pseudo_labels: online, expected offline ones",
     ),
     "base plans of another kind": ({**BASE, "plans": {"base": "schedule.yaml"}}, "plans: base: got .*schedule.yaml"),
     "intensity of no channel": (

@@ -349,7 +349,7 @@ def test_edited_labels_and_regions_are_refused(trained):
             {
                 "configuration": "2d",
                 "plans": "{patch_size: [16, 16], batch_size: 1, features_per_stage: [4, 8, 8]}",
-                "extra": "method: {old_prototypes: transport, background_features: student, largest_component: auto}",
+                "extra": "method: {old_prototypes: transport, background_features: student, one_piece: auto}",
             },
             id="2d-batch-of-one-transport",
         ),
@@ -358,8 +358,7 @@ def test_edited_labels_and_regions_are_refused(trained):
                 "plans": "{planner: nnUNetPlannerResEncM, patch_size: [16, 16, 16], features_per_stage: [4, 8, 8]}",
                 "ignore": True,
                 "images": "disjoint",
-                "extra": "method: {class_balance: true, scale_by_classes: true, largest_component: [ball]}\n"
-                "mirror_axes: []",
+                "extra": "method: {class_balance: true, scale_by_classes: true, one_piece: [ball]}\nmirror_axes: []",
             },
             id="residual-encoder-ignore-label-disjoint-no-mirroring",
         ),
@@ -375,8 +374,8 @@ def test_other_configurations_train_both_steps(tmp_path, monkeypatch, changes):
     assert not store.stale.any(), "old organs of step 2 are found by pseudo-labels, online or not"
     assert store.counts[1] > 0
     (key,) = (chain.preprocessed(2) / "pseudo_labels").glob("*/key.json")
-    found = json.loads(key.read_text(encoding="utf-8")).get("largest_component")
-    assert found == ([1] if "largest_component" in changes["extra"] else None)
+    found = json.loads(key.read_text(encoding="utf-8")).get("one_piece")
+    assert found == ([1] if "one_piece" in changes["extra"] else None)
     logged = torch.load(fold_of(chain, 2) / "checkpoint_final.pth", weights_only=False)["logging"]
     assert np.isfinite([values[0] for key, values in logged.items() if key.startswith("loss_")]).all()
     summary = json.loads((fold_of(chain, 2) / "validation" / "summary.json").read_text(encoding="utf-8"))
