@@ -349,7 +349,7 @@ def test_edited_labels_and_regions_are_refused(trained):
             {
                 "configuration": "2d",
                 "plans": "{patch_size: [16, 16], batch_size: 1, features_per_stage: [4, 8, 8]}",
-                "extra": "method: {old_prototypes: transport, background_features: student, one_piece: auto}",
+                "extra": "method: {old_prototypes: transport, background_features: student, one_piece: false}",
             },
             id="2d-batch-of-one-transport",
         ),
@@ -375,7 +375,7 @@ def test_other_configurations_train_both_steps(tmp_path, monkeypatch, changes):
     assert store.counts[1] > 0
     (key,) = (chain.preprocessed(2) / "pseudo_labels").glob("*/key.json")
     found = json.loads(key.read_text(encoding="utf-8")).get("one_piece")
-    assert found == ([1] if "one_piece" in changes["extra"] else None)
+    assert found == (None if "one_piece: false" in changes["extra"] else [1])
     logged = torch.load(fold_of(chain, 2) / "checkpoint_final.pth", weights_only=False)["logging"]
     assert np.isfinite([values[0] for key, values in logged.items() if key.startswith("loss_")]).all()
     summary = json.loads((fold_of(chain, 2) / "validation" / "summary.json").read_text(encoding="utf-8"))
