@@ -387,7 +387,8 @@ class IncrementalTrainer(nnUNetTrainer):
             )
         if self.is_ddp:
             dist.barrier()
-        self.print_to_log_file(f"pseudo-labels: {made} cases made, {len(cases)} in use, in {cache.folder.name}")
+        said = f", one component of {', '.join(block.old_classes[c - 1] for c in pieces)}" if pieces else ""
+        self.print_to_log_file(f"pseudo-labels: {made} cases made, {len(cases)} in use, in {cache.folder.name}{said}")
         return cache
 
     def _entropy_thresholds(self, dataset, training: Sequence[str], window: nnunet_api.SlidingWindow) -> torch.Tensor:
