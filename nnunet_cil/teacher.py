@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,13 @@ class Teacher:
         sha256: of the checkpoint file.
     """
 
-    network: nn.Module
-    weights: Mapping[str, torch.Tensor]
-    plans: Mapping[str, Any]
-    dataset_json: Mapping[str, Any]
+    network: nn.Module = field(repr=False)  # nnU-Net writes each attribute of a trainer into debug.json
+    weights: Mapping[str, torch.Tensor] = field(repr=False)
+    plans: Mapping[str, Any] = field(repr=False)
+    dataset_json: Mapping[str, Any] = field(repr=False)
     configuration: str
     trainer: str
-    prototypes: PrototypeStore | None
+    prototypes: PrototypeStore | None = field(repr=False)
     sha256: str
     mirror_axes: tuple[int, ...] | None
 

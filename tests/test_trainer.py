@@ -240,6 +240,8 @@ def test_whole_step_2_and_finetune(trained):
     log = next(folder.glob("training_log_*.txt")).read_text(encoding="utf-8")
     assert "loss_dapd_local" in log
     assert "teacher" in log
+    debug = json.loads((folder / "debug.json").read_text(encoding="utf-8"))
+    assert "tensor(" not in debug["teacher"], "nnU-Net writes all attributes: no weights among them"
     store = PrototypeStore.load(folder / "prototypes.npz")
     assert store.class_names == ("background", "ball", "blob")
     with zipfile.ZipFile(folder / "checkpoint_final.pth") as parts:
