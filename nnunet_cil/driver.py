@@ -30,6 +30,7 @@ from nnunet_cil.evaluate import (
     evaluation_file,
     is_scored,
     learned_at,
+    reference_of,
     subject_scores,
     write_matrices,
 )
@@ -258,8 +259,8 @@ def _write_results(chain: Chain, variants: Sequence[Variant]) -> str:
     classes, at = list(chain.schedule.classes), learned_at(chain)
     table = score_table(rows, classes, at)
     scores = subject_scores(chain, variants)
-    if len(scores) > 1 and chain.default_method in scores:
-        table += "\n" + paired_table(scores, chain.default_method, classes, at)
+    if len(scores) > 1:
+        table += "\n" + paired_table(scores, reference_of(chain, scores), classes, at)
     write_matrices(chain, content)
     (chain.folder / "table.txt").write_text(table + "\n", encoding="utf-8")
     (chain.folder / "figures").mkdir(exist_ok=True)

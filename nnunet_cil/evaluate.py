@@ -356,6 +356,11 @@ def subject_scores(chain: Chain, variants: Sequence[Variant], score: str = "dice
     return dict(found)
 
 
+def reference_of(chain: Chain, scores: Scores) -> str | None:
+    """With which method of `subject_scores` the others are compared: the chain's own, else the first, `joint` last."""
+    return min(scores, key=lambda method: (method != chain.default_method, method == JOINT), default=None)
+
+
 @dataclass(frozen=True, eq=False)
 class _Run:
     """A method with a seed and a fold: what is stored of its models, and what follows from that, by score or kind."""
@@ -464,17 +469,17 @@ def _row(chain: Chain, method: str, runs: Sequence[tuple[_Run, Mapping[str, floa
 
 
 def _paired(chain: Chain, variants: Sequence[Variant]) -> dict[str, Any]:
-    """Differences to the schedule's own method by score, method and group of classes; none if it is not scored."""
-    reference, classes = chain.default_method, chain.schedule.classes
+    """Differences to the reference by score, method and group of classes; none if nothing is scored."""
+    reference, classes = reference_of(chain, subject_scores(chain, variants)), chain.schedule.classes
     differences = {}
     for score in HIGHER_IS_BETTER:
         scores = subject_scores(chain, variants, score)
-        found = paired_differences(scores, reference, classes, learned_at(chain)) if reference in scores else {}
+        found = paired_differences(scores, reference, classes, learned_at(chain)) if reference else {}
         differences[score] = {
             method: {group: asdict(difference) for group, difference in groups.items()}
             for method, groups in found.items()
         }
-    return {"reference": reference, **differences}
+    return {"reference": reference or chain.default_method, **differences}
 
 
 def _cases(chain: Chain) -> dict[str, Any]:

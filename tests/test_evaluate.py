@@ -16,6 +16,7 @@ from nnunet_cil.evaluate import (
     evaluate_model,
     evaluation_file,
     learned_at,
+    reference_of,
     score_matrix,
     scored_as,
     subject_scores,
@@ -322,7 +323,20 @@ def test_subjects_are_compared_with_the_schedules_own_method(chain):
     assert paired["reference"] == "pgcd"
     assert paired["dice"]["finetune"]["old"]["mean"] == pytest.approx(-0.6)
     assert paired["dice"]["finetune"]["new"]["n_seeds"] == 2
-    assert collect_scores(chain, variants[:1])[0]["paired"] == {"reference": "pgcd", "dice": {}, "nsd": {}}
+    assert collect_scores(chain, variants[:1])[0]["paired"] == {"reference": "finetune", "dice": {}, "nsd": {}}
+    assert collect_scores(chain, [])[0]["paired"] == {"reference": "pgcd", "dice": {}, "nsd": {}}
+
+
+def test_without_the_schedules_own_method_the_first_is_the_reference(chain):
+    for method, old in (("pseudo", 0.6), ("finetune", 0.5)):
+        run_two_steps(chain, method, 0, old, 0.7)
+    score(chain, "joint", 0, "joint", {case: {"ball": 0.9, "blob": 0.9} for case in "abc"})
+    variants = [chain.variant(method, 0) for method in ("joint", "pseudo", "finetune")]
+    assert reference_of(chain, subject_scores(chain, variants)) == "pseudo"
+    paired = collect_scores(chain, variants)[0]["paired"]
+    assert paired["reference"] == "pseudo"
+    assert paired["dice"]["finetune"]["old"]["mean"] == pytest.approx(-0.1)
+    assert paired["dice"]["joint"]["new"]["mean"] == pytest.approx(0.2)
 
 
 def test_matrices_as_csv(chain):
