@@ -13,8 +13,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "compare",
         help="run several methods side by side and report the differences",
         description="Trains, predicts and scores what is not done yet. All methods of a seed share step 1, data and "
-        "plans; the table and report.html show the differences to the schedule's own method (where it is not among them: to the "
-        "first), paired by test subject.",
+        "plans; the table and report.html show the differences to the schedule's own method (where it is not among "
+        "them: to the first), paired by test subject.",
     )
     add_chain_arguments(parser, methods="all that keep no scans, and joint")
     add_launcher_argument(parser)

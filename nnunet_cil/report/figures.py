@@ -52,6 +52,7 @@ _LOOK = {
 _BOXES_PER_LINE = 36
 _MAX_LOLLIPOPS = 40
 _CELL_INCHES = 0.42
+_LEGEND_LINE_INCHES = 0.19
 _MAX_NUMBERED = 12  # a similarity matrix of more classes has no room for numbers
 
 
@@ -94,7 +95,7 @@ def legend(figure: Figure, handles: Sequence[Line2D], place: str) -> None:
     longest = max((len(str(handle.get_label())) for handle in handles), default=0)
     columns = max(1, int(figure.get_figwidth() // (0.5 + 0.07 * longest)))
     width, height = figure.get_size_inches()
-    figure.set_size_inches(width, height + 0.19 * math.ceil(len(handles) / columns) + 0.1)
+    figure.set_size_inches(width, height + _LEGEND_LINE_INCHES * math.ceil(len(handles) / columns) + 0.1)
     figure.legend(handles=handles, loc=place, ncols=min(columns, max(1, len(handles))))
 
 
@@ -123,7 +124,7 @@ def plot_mean_dice(rows: Sequence[Row], learned_at: Sequence[int], path_png: Pat
     means = {method: values for method, values in means.items() if not np.isnan(values).all()}
     styles, joint = method_styles([*among, *(row.method for row in rows)]), {r.method for r in rows if r.is_joint}
 
-    with drawing(path_png, 5.6, 3.3) as figure:
+    with drawing(path_png, 5.6, max(3.3, _LEGEND_LINE_INCHES * (len(means) + 2))) as figure:
         if not means:
             raise ValueError("rows: got no score at all, expected at least one method with a scored step.")
         last_step = max(map(len, means.values()))

@@ -247,3 +247,13 @@ def test_no_name_is_cut_off(tmp_path, drawn):
     legend, figure = drawn[0].legends[0], drawn[0]
     assert len(legend.get_texts()) == 14
     assert legend.get_window_extent().x1 <= figure.bbox.x1
+
+
+def test_no_method_is_cut_off(tmp_path, drawn):
+    rows = [Row(f"a_rather_long_name_{i}", PGCD.by_seed) for i in range(30)]
+    figures.plot_mean_dice(rows, LEARNED_AT, tmp_path / "f.png")
+    names = drawn[0].legends[0].get_texts()
+    boxes = [name.get_window_extent() for name in names]
+    assert len(boxes) == 30
+    assert min(box.y0 for box in boxes) >= 0
+    assert max(box.x1 for box in boxes) <= drawn[0].bbox.x1
