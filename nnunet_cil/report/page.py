@@ -297,7 +297,8 @@ def _is_joint(name: str) -> bool:
 
 
 def _words_on(method: str, found: Collected) -> str:
-    own = ", ".join(f"{key} {value}" for key, value in found.own_settings.get(method, {}).items())
+    settings = found.own_settings.get(method, {})
+    own = ", ".join(f"{key} {str(v).lower() if isinstance(v, bool) else v}" for key, v in settings.items())
     base = found.base_methods.get(method, method)
     words = method_words(method) or ("The schedule's method" if base == found.own_method else method_words(base))
     return f"{words}, with {own}" if own and words and not method_words(method) else words

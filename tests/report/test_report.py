@@ -182,7 +182,7 @@ def test_a_variant_of_another_method_is_described_by_that(chain):
     variants = {
         "mib_5": {"trainer": "nnUNetTrainerMiB", "lambda_kd": 5.0},
         "replay_20": {"trainer": "nnUNetTrainerReplay", "replay_cases": 20},
-        "strong": {"lambda_pgcd": 3.0},
+        "strong": {"lambda_pgcd": 3.0, "one_piece": True},
     }
     with chain.schedule.file.open("a") as file:
         file.write(f"variants: {json.dumps(variants)}\n")
@@ -194,7 +194,7 @@ def test_a_variant_of_another_method_is_described_by_that(chain):
     assert "MiB:" in text
     assert re.search(r"MiB: [^.]*, with lambda_kd 5", text)
     assert re.search(r"Not privacy-safe: [^.]*, with replay_cases 20", text)
-    assert "The schedule's method, with lambda_pgcd 3" in text
+    assert "The schedule's method, with lambda_pgcd 3.0, one_piece true" in text
 
 
 def test_several_test_sets_have_a_column_each(chain):
