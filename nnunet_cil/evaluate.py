@@ -487,13 +487,14 @@ def _cases(chain: Chain) -> dict[str, Any]:
 
 
 def _by_test_set(chain: Chain, run: _Run) -> list[dict[str, Any]]:
-    """Matrices and final means of each test set; empty for a single one, whose scores are those of the run."""
+    """Matrices and final means of each test set, whose scores are those of the run where there is one only.
+
+    Empty for a single one, but for a set of a dataset that no step draws from: its scores are those of another domain.
+    """
     members: dict[int, list[str]] = defaultdict(list)
     for case, entry in _cases(chain).items():
         members[entry["set"]].append(case)
-    if len(members) < 2:
-        return []
-    found = []
+    found: list[dict[str, Any]] = []
     for number, cases in sorted(members.items()):
         matrices = {score: _matrix(chain, run.evaluations, score, cases) for score in SCORES}
         found.append(
@@ -507,7 +508,7 @@ def _by_test_set(chain: Chain, run: _Run) -> list[dict[str, Any]]:
                 **matrices,
             }
         )
-    return found
+    return found if len(found) > 1 or any(one["never_trained_on"] for one in found) else []
 
 
 def _test_set_name(chain: Chain, number: int) -> str:

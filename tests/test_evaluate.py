@@ -302,6 +302,17 @@ def test_what_is_kept_is_unknown_where_the_models_are_not(chain):
     assert found == {"step1": {"prototypes": 0, "replay": None}, "step2": {"prototypes": None, "replay": None}}
 
 
+def test_a_single_test_set_is_shown_where_it_is_another_domain(chain, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    test = TestSet(elsewhere / "imagesTs", elsewhere / "labelsTs", {}, {}, elsewhere)
+    chain.schedule = replace(chain.schedule, test=(test,))
+    write_test_json(chain, {"a": 0})
+    run_two_steps(chain, "pgcd", 0, 0.8, 0.6)
+    (found,) = collect_scores(chain, [chain.variant("pgcd", 0)])[0]["runs"][0]["by_test_set"]
+    assert (found["name"], found["never_trained_on"]) == ("elsewhere", True)
+    assert found["mean"]["dice"] == pytest.approx(0.7), "over both organs of the one subject"
+
+
 def test_a_single_test_set_is_not_shown_twice(chain):
     write_test_json(chain, {"a": 0})
     run_two_steps(chain, "pgcd", 0, 0.8, 0.6)

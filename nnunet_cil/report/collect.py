@@ -148,7 +148,7 @@ class Collected:
         schedule_sha256: of that file.
         test_sha256: of the test set that the models were scored on; "" without scores.
         nsd_tolerance_mm: of the surface overlap.
-        by_test_set: the test sets, if there are several.
+        by_test_set: the test sets, if there are several or a single one is of a dataset that no step draws from.
         step_costs: of all scored steps, by method.
         paired: differences to a reference, as ``evaluate.collect_scores`` gives them.
         own_method: the schedule's.

@@ -396,7 +396,7 @@ def _best(values: np.ndarray, better: np.ndarray) -> np.ndarray:
 
 
 def _test_set_table(found: Collected) -> str:
-    """Mean Dice by test set; "" for a single one."""
+    """Mean Dice by test set; "" where the scores have none."""
     if not found.by_test_set:
         return ""
     known = {True: "never trained on", False: "trained on other subjects of it", None: "unknown whether trained on"}
