@@ -487,7 +487,8 @@ def _train(chain: Chain, variant: Variant, step: int | str, fold: int | str, lab
         environment[WORKERS_VARIABLE] = workers
     log_path = chain.folder / "logs" / f"{_name(chain, variant, step, fold)}.log"
     log_path.parent.mkdir(parents=True, exist_ok=True)
-    progress = _Progress(label, block_of(chain, variant, step).training.epochs)
+    block = block_of(chain, variant, step)
+    progress = _Progress(label, block.training.epochs, (*block.old_classes, *block.new_classes))
     command = nnunet_api.train_process_command(arguments, resume)
     with open(log_path, "a", encoding="utf-8") as log:
         process = subprocess.Popen(
@@ -542,10 +543,10 @@ def _reason(log_path: Path) -> str:
 
 
 class _Progress:
-    """Says where a training is, at most every ten seconds: epoch, its Dice, time left."""
+    """Says where a training is, at most every ten seconds: epoch, its Dice by class, time left."""
 
-    def __init__(self, label: str, epochs: int) -> None:
-        self.label, self.epochs = label, epochs
+    def __init__(self, label: str, epochs: int, classes: Sequence[str]) -> None:
+        self.label, self.epochs, self.classes = label, epochs, classes
         self._first: tuple[int, float] | None = None
         self._shown = 0.0
         self._dice = ""
@@ -554,7 +555,8 @@ class _Progress:
         """Take a line of nnU-Net's output."""
         if match := re.search(r"Pseudo dice \[(.*)\]", line):
             values = re.findall(r"(?:np\.float\d+\()?(nan|\d+\.\d+(?:e-?\d+)?)\)?", match.group(1))
-            self._dice = "  Dice on validation patches " + " ".join(f"{float(v):.2f}" for v in values)
+            seen = (f"{name} {float(v):.2f}" for name, v in zip(self.classes, values, strict=False) if v != "nan")
+            self._dice = f"; Dice on validation patches: {', '.join(seen) or 'no class is there'}"
         if "pseudo-labels: case" in line:
             self._say(line.split(": ", 1)[-1].strip())
         if match := re.search(r"Epoch (\d+) *$", line):

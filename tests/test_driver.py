@@ -9,13 +9,13 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from nnunet_cil import driver
+from nnunet_cil.block import StepBlock
 from nnunet_cil.chain import Chain
-from nnunet_cil.schedule import load_schedule
+from nnunet_cil.schedule import Training, load_schedule
 from tests.conftest import write_schedule, write_tiny_dataset
 
 PATIENCE_SECONDS = 30
@@ -28,7 +28,8 @@ def train(nnunet_folders, tmp_path, monkeypatch):
     chain = Chain.open(load_schedule(write_schedule(tmp_path / "s.yaml", source)))
     chain.content["plans_name"] = "nnUNetPlans"
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(driver, "block_of", lambda *_: SimpleNamespace(training=SimpleNamespace(epochs=2)))
+    block = StepBlock("c", 1, (("ball", "blob"),), training=Training(epochs=2))
+    monkeypatch.setattr(driver, "block_of", lambda *_: block)
 
     def run(script: str) -> None:
         monkeypatch.setattr("nnunet_cil.nnunet_api.train_process_command", lambda *_: ["bash", "-c", script])
@@ -115,3 +116,16 @@ def test_only_pgcd_and_trainers_made_of_it_are_ablated(tmp_path):
     assert driver.ablated_methods(own)[:2] == ["mine", "mine-no_spatial"]
     with pytest.raises(ValueError, match="got nnUNetTrainerFinetune, expected nnUNetTrainerPGCD or one made of it"):
         driver.ablated_methods(replace(schedule, trainer="nnUNetTrainerFinetune"))
+
+
+def test_progress_names_the_classes_of_its_dice(caplog, monkeypatch):
+    monkeypatch.setattr(driver, "monotonic", iter(range(0, 1000, 20)).__next__)
+    progress = driver._Progress("step 1", 3, ("liver", "spleen"))
+    lines = ["Epoch 0 ", "Pseudo dice [np.float32(0.5), nan] ", "Epoch 1 ", "Pseudo dice [nan, nan] ", "Epoch 2 "]
+    with caplog.at_level("INFO", "nnunet_cil"):
+        for line in lines:
+            progress.see(f"2026-11-29 04:00:00.000000: {line}\n")
+    first, second, third = (record.getMessage().strip() for record in caplog.records)
+    assert first == "step 1: epoch 1 of 3"
+    assert second == "step 1: epoch 2 of 3, about 2:00 min left; Dice on validation patches: liver 0.50"
+    assert third == "step 1: epoch 3 of 3, about 1:00 min left; Dice on validation patches: no class is there"
