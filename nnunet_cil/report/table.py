@@ -223,13 +223,3 @@ def score_table(rows: Sequence[Row], classes: Sequence[str], learned_at: Sequenc
         steps = aligned(_scores_by_step(row, classes, learned_at), header=1)
         parts.append([f"{marked(row.method)}: Dice (%) by step", *steps])
     return "\n\n".join("\n".join(part) for part in parts) + "\n"
-
-
-def markdown_table(rows: Sequence[Row], classes: Sequence[str], learned_at: Sequence[int]) -> str:
-    """The first part of `score_table`, with the same columns, as a Markdown table. Arguments and errors as there."""
-    names, units, *lines = _final_scores(rows, classes, learned_at)
-    header = [f"{name} ({unit})" if unit else name for name, unit in zip(names, units, strict=True)]
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "".join(
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in [header, rule, *lines]
-    )

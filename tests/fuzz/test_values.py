@@ -12,7 +12,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 
 from nnunet_cil import metrics
 from nnunet_cil.labels import apply_remap, cumulative_labels, remap_table, without_classes
-from nnunet_cil.report.table import Row, markdown_table, score_table
+from nnunet_cil.report.table import Row, score_table
 from nnunet_cil.report.words import against_joint, fate_of_new, fate_of_old, outcomes, status_words
 from nnunet_cil.untrusted import is_ending, is_inside, is_name
 from tests.fuzz.damage import NASTY_TEXTS
@@ -90,7 +90,6 @@ def test_tables_and_words_of_any_scores(data, names):
         assert "nan" not in text or any("nan" in name for name in names)
     rows = [Row("pgcd", np.stack([R, joint])), Row("joint", joint[None])]
     assert score_table(rows, names, learned_at).count("pgcd") >= 2
-    assert len(markdown_table(rows, names, learned_at)) > 0
     best = metrics.summary(R, learned_at)
     assert all(np.isnan(value) or -1 <= value <= 1 for value in best.values())
 
