@@ -487,9 +487,9 @@ def _cases(chain: Chain) -> dict[str, Any]:
 
 
 def _by_test_set(chain: Chain, run: _Run) -> list[dict[str, Any]]:
-    """Matrices and final means of each test set, whose scores are those of the run where there is one only.
+    """Matrices and final means of each test set.
 
-    Empty for a single one, but for a set of a dataset that no step draws from: its scores are those of another domain.
+    Empty for a single one, whose scores are those of the run, unless no step draws from its dataset.
     """
     members: dict[int, list[str]] = defaultdict(list)
     for case, entry in _cases(chain).items():

@@ -76,6 +76,12 @@ Forward transfer: n/a, as classes appear in one step only and have no score befo
     )
 
 
+def test_each_column_has_its_score():
+    pgcd = _cells(PGCD)
+    assert pgcd == ["pgcd", "1", "89.1", "81.3", "79.0", "85.2", "79.0", "83.1", "84.1", "-0.2", "+0.2", "79.0"]
+    assert _cells(JOINT)[-4:] == ["n/a"] * 4
+
+
 def test_spread_over_seeds_is_shown_beside_scores():
     other = np.array([[[0.92, 0.78, NAN], [0.911, NAN, 0.85]]])
     text = score_table([Row("pgcd", np.concatenate([PGCD.by_seed, other]))], CLASSES, LEARNED_AT)
