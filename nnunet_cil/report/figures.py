@@ -103,8 +103,9 @@ def plot_mean_dice(rows: Sequence[Row], learned_at: Sequence[int], path_png: Pat
     """Mean Dice (%) over the classes learned so far, after each step, one line per method; PNG and a PDF beside it.
 
     A step without score is left out. The model trained on all classes together is a star at the last step with a
-    dashed line across. Methods are listed by their last value, with its standard deviation over
-    seeds; of one that has not come to the last step, the label says which step it is of. Small dots are single seeds.
+    dashed line across. Methods are listed by their last value, with its standard deviation over seeds, and the number
+    of these where others have more; of one that has not come to the last step, the label says which step it is of.
+    Small dots are single seeds.
 
     Args:
         rows: one per method; R ``(T, K)`` in [0, 1].
@@ -116,11 +117,8 @@ def plot_mean_dice(rows: Sequence[Row], learned_at: Sequence[int], path_png: Pat
         ValueError: ``path_png`` does not end in ``.png``, no row has a score, or ``learned_at`` does not fit.
     """
     means = {row.method: _means_by_step(row.dice, learned_at) for row in rows}
-    by_seed = {
-        row.method: np.array([_means_by_step(dice, learned_at) for dice in row.by_seed])
-        for row in rows
-        if row.seeds > 1
-    }
+    by_seed = {row.method: np.array([_means_by_step(dice, learned_at) for dice in row.by_seed]) for row in rows}
+    most_seeds = max((row.seeds for row in rows), default=0)
     means = {method: values for method, values in means.items() if not np.isnan(values).all()}
     styles, joint = method_styles([*among, *(row.method for row in rows)]), {r.method for r in rows if r.is_joint}
 
@@ -135,10 +133,12 @@ def plot_mean_dice(rows: Sequence[Row], learned_at: Sequence[int], path_png: Pat
             steps = np.flatnonzero(~np.isnan(values)) + 1
             is_final = steps[-1] == len(values)
             label = f"{shown(marked(method))}  {'' if is_final else f'step {steps[-1]}: '}{values[steps[-1] - 1]:.1f}"
-            if method in by_seed:
+            if len(by_seed[method]) > 1:
                 label += f" ±{metrics.over_seeds(by_seed[method])[1][steps[-1] - 1]:.1f}"
                 for each in by_seed[method]:
                     axes.plot(range(1, len(each) + 1), each, ".", color=colour, markersize=4, alpha=0.7, clip_on=False)
+            if (n := len(by_seed[method])) < most_seeds:
+                label += f", {n} seed{'s' * (n > 1)}"
             shared = {"color": colour, "marker": marker, "markeredgecolor": "white", "markeredgewidth": 0.7}
             if method in joint and len(values) > 1:
                 ends = [1, len(values)]
@@ -149,7 +149,7 @@ def plot_mean_dice(rows: Sequence[Row], learned_at: Sequence[int], path_png: Pat
                 look = {"linewidth": 1.8, "markersize": 6.5, "zorder": 3}
             (line,) = axes.plot(ends, y, label=label, clip_on=False, **shared, **look)
             lines.append((is_final, y[-1], line))
-        lowest = min(np.nanmin(values) for values in [*means.values(), *by_seed.values()])
+        lowest = min(np.nanmin(by_seed[method]) for method in means)
         axes.set_ylim(0 if lowest < 50 else 10 * (lowest // 10), 100)
         axes.set_xlim(0.85, last_step + 0.15)
         axes.yaxis.set_major_locator(MultipleLocator(20 if lowest < 50 else 10))

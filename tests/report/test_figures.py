@@ -58,7 +58,8 @@ def test_seeds_are_dots_and_a_deviation_beside_the_last_mean(tmp_path, drawn):
     figures.plot_mean_dice([Row("pgcd", np.concatenate([PGCD.by_seed, better])), JOINT], LEARNED_AT, tmp_path / "m.png")
     dots = [line for line in drawn[0].axes[0].get_lines() if line.get_linestyle() == "None"]
     np.testing.assert_allclose([line.get_xydata() for line in dots], [[[1, 85], [2, 80]], [[1, 91], [2, 86]]])
-    assert "pgcd  83.0 ±4.2" in [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    labels = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert labels == ["joint  90.0, 1 seed", "pgcd  83.0 ±4.2"]
 
 
 def test_a_method_keeps_its_colour(tmp_path, drawn):
