@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from time import sleep
 
 import pytest
 
@@ -29,13 +29,12 @@ def run_demo(folder: Path, arguments: list[str]) -> tuple[str, str]:
     )
     alarm = threading.Timer(300, process.kill)
     alarm.start()
-    first = ""
-    for line in process.stdout:
-        first += line
-        if re.search(r"epoch [2-9] of", line):
-            os.killpg(process.pid, signal.SIGINT)
-            break
-    first += process.communicate()[0]
+    checkpoints = "nnUNet_results/Dataset*/*/fold_all/checkpoint_*.pth"
+    while process.poll() is None and not any(folder.glob(checkpoints)):  # what it says depends on how fast it is
+        sleep(0.1)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGINT)
+    first = process.communicate()[0]
     alarm.cancel()
     assert process.returncode == 130, first
     again = shell.run(command, Path.cwd(), environment, seconds=900)
