@@ -17,9 +17,10 @@ import shlex
 import shutil
 import sys
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -450,8 +451,7 @@ def predict(
     missing = [case for case in images if not (output / f"{case}{ending}").is_file()]
     started = told = monotonic()
     # export resamples on the CPU, so beside a GPU the next case is predicted meanwhile
-    with ThreadPoolExecutor(1) if device.type == "cuda" else nullcontext() as pool:
-        exports = []
+    with _one_by_one(beside=device.type == "cuda") as call:
         for number, case in enumerate(missing):
             if monotonic() - told > TELL_EVERY_SECONDS:
                 told = monotonic()
@@ -478,12 +478,30 @@ def predict(
                     check_written(written, manager.image_reader_writer_class())
                 os.replace(written, output / f"{case}{ending}")
 
-            if pool is None:
-                export()
-            else:
-                exports.append(pool.submit(export))
-        for done in exports:
-            done.result()
+            call(export)
+
+
+@contextmanager
+def _one_by_one(beside: bool) -> Iterator[Callable[[Callable[[], None]], None]]:
+    """Give what calls its argument at once, or beside the caller in a thread, one after the other.
+
+    In a thread one call works and one waits; the caller waits with a third, as each holds its logits. What a call
+    raises is raised by one of the next two, or at the end.
+    """
+    if not beside:
+        yield lambda work: work()
+        return
+    with ThreadPoolExecutor(1) as pool:
+        given: deque[Future[None]] = deque()
+
+        def call(work: Callable[[], None]) -> None:
+            while len(given) > 1:
+                given.popleft().result()
+            given.append(pool.submit(work))
+
+        yield call
+        for future in given:
+            future.result()
 
 
 @contextmanager
@@ -702,7 +720,8 @@ class SlidingWindow:
         was_training = self._predictor.network.training
         result = self._predictor.predict_sliding_window_return_logits(torch.from_numpy(np.asarray(image[:])))
         self._predictor.network.train(was_training)
-        return result.float().cpu().clone()
+        # from the device first: the window of a large image may leave no room there for another one in float32
+        return result.cpu().to(torch.float32, copy=True)
 
 
 def class_locations(seg: np.ndarray, labels: Sequence[int], with_annotated: bool) -> dict[Any, np.ndarray]:
@@ -732,14 +751,21 @@ def preprocessed_dataset(folder: Path, cases: Sequence[str] | None = None) -> An
 def fold_cases(folder: Path, fold: int | str) -> list[str]:
     """Training cases of a fold, from the ``splits_final.json`` beside a preprocessed folder; sorted.
 
+    Of a fold beyond these, nnU-Net trains on four fifths of the cases, drawn with the fold as seed.
+
     Raises:
         FileNotFoundError: the dataset is not there any more.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: got no such folder, expected the preprocessed cases that are to be kept.")
+    cases = sorted(preprocessed_dataset(folder).identifiers)
     if fold == "all":
-        return sorted(preprocessed_dataset(folder).identifiers)
-    return sorted(json.loads((folder.parent / "splits_final.json").read_text(encoding="utf-8"))[int(fold)]["train"])
+        return cases
+    splits = json.loads((folder.parent / "splits_final.json").read_text(encoding="utf-8"))
+    if int(fold) < len(splits):
+        return sorted(splits[int(fold)]["train"])
+    drawn = np.random.RandomState(12345 + int(fold)).choice(len(cases), int(len(cases) * 0.8), replace=False)
+    return sorted(cases[i] for i in drawn)
 
 
 def case_files(folder: Path, case: str) -> list[Path]:

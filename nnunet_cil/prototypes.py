@@ -115,7 +115,10 @@ class RunningBackground(nn.Module):
 
     @torch.no_grad()
     def update(self, total: torch.Tensor, count: torch.Tensor) -> None:
-        """Take in a batch; sums and counts go over all ranks, a batch without background changes nothing. No gradient.
+        """Take in a batch; sums and counts go over all ranks. No gradient.
+
+        A batch without background changes nothing, nor does one with a feature that is not finite: float16 overflows in
+        an iteration now and then, which the loss's scaler leaves out as well.
 
         Args:
             total: (D,) sum of the features over the batch's background.
@@ -123,7 +126,7 @@ class RunningBackground(nn.Module):
         """
         both = _reduce(torch.cat([total, count[None]]).to(self.prototype.dtype))
         moved = self.momentum * self.prototype + (1 - self.momentum) * both[:-1] / both[-1].clamp_min(1)
-        self.prototype.copy_(torch.where(both[-1] > 0, moved, self.prototype))
+        self.prototype.copy_(torch.where((both[-1] > 0) & both.isfinite().all(), moved, self.prototype))
 
 
 @dataclass(frozen=True)

@@ -134,6 +134,17 @@ def test_a_batch_without_background_changes_nothing():
     assert torch.equal(running.prototype, torch.full((D,), 0.3))
 
 
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_a_batch_that_overflowed_changes_nothing(value):
+    features, labels = batch()
+    running = RunningBackground(torch.full((D,), 0.3), momentum=0.9)
+    total, count = background_of(features, labels)
+    running.update(total.index_fill(0, torch.tensor([1]), value), count)
+    assert torch.equal(running.prototype, torch.full((D,), 0.3))
+    running.update(total, count)
+    assert not torch.equal(running.prototype, torch.full((D,), 0.3)), "the next one counts again"
+
+
 def test_running_background_is_part_of_the_checkpoint():
     running = RunningBackground(torch.zeros(D), momentum=0.5)
     running.update(*background_of(*batch()))
