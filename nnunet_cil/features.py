@@ -42,6 +42,11 @@ def decoder_stages(network: nn.Module) -> tuple[str, ...]:
     return tuple(f"decoder.stages.{i}" for i in range(int(last.rsplit(".", 1)[1]) + 1))
 
 
+def lower_heads(network: nn.Module) -> list[nn.Module]:
+    """The segmentation layers that serve deep supervision alone; none of a network that has no such layers."""
+    return list(getattr(getattr(network, "decoder", None), "seg_layers", ()))[:-1]
+
+
 class FeatureTap:
     """Keeps the last output of one module, with its gradient graph, until ``clear`` or the next forward pass.
 

@@ -710,6 +710,7 @@ class SlidingWindow:
         from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
         manager = plans_manager(plans)
+        self.mirror_axes = mirror_axes
         self._predictor = nnUNetPredictor(device=device, allow_tqdm=False, use_mirroring=mirror_axes is not None)
         self._predictor.manual_initialization(
             network, manager, manager.get_configuration(configuration), None, dict(dataset_json), "", mirror_axes

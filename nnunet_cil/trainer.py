@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from nnunetv2.paths import nnUNet_results
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -31,7 +32,7 @@ from nnunet_cil import nnunet_api
 from nnunet_cil.block import BLOCK_KEY, StepBlock
 from nnunet_cil.checkpoint import read_checkpoint
 from nnunet_cil.extraction import accumulate_prototypes, random_patch, transported
-from nnunet_cil.features import FeatureTap, last_decoder_stage
+from nnunet_cil.features import FeatureTap, last_decoder_stage, lower_heads
 from nnunet_cil.given_model import check_no_cascade
 from nnunet_cil.host_memory import keep_freed_memory
 from nnunet_cil.imprinting import class_statistics, imprint
@@ -145,12 +146,20 @@ class IncrementalTrainer(nnUNetTrainer):
         return self.incremental and self.block.settings["pseudo_labels"] == "online"
 
     @staticmethod
-    def build_network_architecture(plans_manager, *args, **kwargs):
+    def build_network_architecture(
+        plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=True
+    ):
         """nnU-Net's own network of the plans, or that of the trainer of the model that the chain was given."""
         owner = plans_manager.plans.get(BLOCK_KEY, {}).get("network_of")
+        what = (configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision)
         if owner is None:
-            return nnUNetTrainer.build_network_architecture(plans_manager, *args, **kwargs)
-        return nnunet_api.network_of(owner, plans_manager, *args, **kwargs)
+            network = nnUNetTrainer.build_network_architecture(plans_manager, *what)
+        else:
+            network = nnunet_api.network_of(owner, plans_manager, *what)
+        if not enable_deep_supervision:
+            for head in lower_heads(network):  # the decoder has them all the same; -num_gpus waits for their gradients
+                head.requires_grad_(False)
+        return network
 
     def initialize(self):
         self._seed()
@@ -397,7 +406,8 @@ class IncrementalTrainer(nnUNetTrainer):
         They are kept, as a training that is resumed has to go on with the same ones to the last bit.
         """
         cases = sorted(training)
-        digest = hashlib.sha256(f"{self.teacher.sha256} {self.configuration_name} {cases}".encode())
+        mirrored = "" if window.mirror_axes is None else f" mirrored {window.mirror_axes}"
+        digest = hashlib.sha256(f"{self.teacher.sha256} {self.configuration_name} {cases}{mirrored}".encode())
         for case in cases:
             digest.update(np.ascontiguousarray(np.asarray(dataset.load_case(case)[1][:])).tobytes())
             digest.update(repr(self._relabelled.get(case, ())).encode())
@@ -418,7 +428,8 @@ class IncrementalTrainer(nnUNetTrainer):
         thresholds = median_entropies(histogram)
         if self.local_rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, {"thresholds": thresholds.tolist()})
+            with FileLock(path.with_suffix(".lock")):  # other methods may write the same, where trainings are jobs
+                write_json(path, {"thresholds": thresholds.tolist()})
         self.print_to_log_file(f"Entropy thresholds by class: {[round(t, 4) for t in thresholds.tolist()]}")
         return thresholds
 

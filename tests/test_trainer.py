@@ -340,6 +340,15 @@ def test_edited_labels_and_regions_are_refused(trained):
         write_json(path, content)
 
 
+def test_without_deep_supervision_all_that_trains_gets_a_gradient(tmp_path, monkeypatch):
+    trainer = trainer_of(make_chain(tmp_path, monkeypatch, methods=("pgcd",), training=", deep_supervision: false"), 1)
+    trainer.on_train_start()
+    trainer.train_step(next(trainer.dataloader_train))
+    trained = dict(trainer.network.named_parameters())
+    assert all(parameter.requires_grad == (parameter.grad is not None) for parameter in trained.values())
+    assert not trained["decoder.seg_layers.0.weight"].requires_grad, "-num_gpus would wait for its gradient"
+
+
 @pytest.mark.parametrize(
     "changes",
     [

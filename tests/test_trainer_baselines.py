@@ -28,6 +28,7 @@ VARIANTS = {
     "ewf_0": "{trainer: nnUNetTrainerEWF, fusion: 0}",
     "ewf_1": "{trainer: nnUNetTrainerEWF, fusion: 1}",
     "ewc_0": "{trainer: nnUNetTrainerEWC, lambda_ewc: 0}",
+    "plop_mirrored": "{trainer: nnUNetTrainerPLOP, pseudo_label_mirroring: true}",
     "plop_online": "{trainer: nnUNetTrainerPLOP, pseudo_labels: online}",
     "fused": "{trainer: nnUNetTrainerPGCD, fusion: auto}",
 }
@@ -162,6 +163,15 @@ def test_entropy_rule_needs_offline_pseudo_labels(chain):
     with pytest.raises(ValueError, match="PLOP: got pseudo_labels 'online', expected 'offline'"):
         trainer_of(chain, 2, "plop_online").on_train_start()
     assert not (fold_of(chain, 2, "plop_online") / "checkpoint_final.pth").exists()
+
+
+def test_mirrored_predictions_have_entropy_thresholds_of_their_own(chain):
+    plain, mirrored = trainer_of(chain, 2, "plop"), trainer_of(chain, 2, "plop_mirrored")
+    for trainer in (plain, mirrored):
+        trainer.on_train_start()
+    assert plain._cache.key["mirror_axes"] is None
+    assert mirrored._cache.key["mirror_axes"]
+    assert plain._cache.key["entropy"] != mirrored._cache.key["entropy"]
 
 
 def test_imprinted_rows_start_from_prototypes_and_a_resumed_run_keeps_its_own(chain):
