@@ -224,6 +224,10 @@ class IncrementalTrainer(nnUNetTrainer):
         started = monotonic()
         if not self.was_initialized:
             self.initialize()
+        elif self.incremental and self._resumed is None:
+            self.print_to_log_file(
+                "A later step starts from its teacher: other weights (-pretrained_weights) are not used."
+            )
         check_step_files(Path(self.preprocessed_dataset_folder_base), self.configuration_manager.data_identifier)
         self._read_what_is_labelled()
         self._seed()
@@ -707,6 +711,11 @@ class IncrementalTrainer(nnUNetTrainer):
             super().perform_actual_validation(save_probabilities)
         finally:
             self._validation_limit = sys.maxsize
+        if self.incremental:
+            self.print_to_log_file(
+                f"This validation knows labels of {', '.join(self.block.new_classes)} alone: an old organ that is "
+                "found counts as Dice 0, in its mean as well. The test set is what scores old organs."
+            )
 
     def on_train_end(self):
         if self.incremental and not self._is_fused and (share := self.objective.fusion_share()):

@@ -340,6 +340,18 @@ def test_edited_labels_and_regions_are_refused(trained):
         write_json(path, content)
 
 
+def test_a_later_step_takes_no_pretrained_weights_and_says_so(trained):
+    trainer = trainer_of(trained, 2)
+    trainer.initialize()  # nnU-Net does, to load -pretrained_weights before the training starts
+    with torch.no_grad():
+        for parameter in trainer.network.parameters():
+            parameter.fill_(7)
+    trainer.on_train_start()
+    assert not any((parameter == 7).any() for parameter in trainer.network.parameters())
+    (log,) = fold_of(trained, 2).glob("training_log*.txt")
+    assert "other weights (-pretrained_weights) are not used" in log.read_text(encoding="utf-8")
+
+
 def test_without_deep_supervision_all_that_trains_gets_a_gradient(tmp_path, monkeypatch):
     trainer = trainer_of(make_chain(tmp_path, monkeypatch, methods=("pgcd",), training=", deep_supervision: false"), 1)
     trainer.on_train_start()
@@ -392,7 +404,10 @@ def test_other_configurations_train_both_steps(tmp_path, monkeypatch, changes):
     logged = torch.load(fold_of(chain, 2) / "checkpoint_final.pth", weights_only=False)["logging"]
     assert np.isfinite([values[0] for key, values in logged.items() if key.startswith("loss_")]).all()
     summary = json.loads((fold_of(chain, 2) / "validation" / "summary.json").read_text(encoding="utf-8"))
-    assert len(summary["metric_per_case"]) == (1 if "validation_cases" in changes.get("training", "") else 0)
+    validated = "validation_cases" in changes.get("training", "")
+    assert len(summary["metric_per_case"]) == (1 if validated else 0)
+    told = "knows labels of blob alone: an old organ that is found counts as Dice 0,"
+    assert (told in log.read_text(encoding="utf-8")) == validated
 
 
 @pytest.mark.parametrize(
