@@ -6,13 +6,14 @@ sources are read and checked before anything is written.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 SPACING_TOLERANCE = 1e-3
 DIRECTION_TOLERANCE = 0.5  # of direction cosines: another order or sign of the axes, no rounding
+FILES_FILE = "files.json"
 SHOWN_CASES = 5  # in a warning
 INTENSITY_SAMPLES = 10**8  # in all of step 1, as nnU-Net takes them
 INTENSITY_SAMPLES_LATER = 10**4  # in each case of a later step: nothing is planned from these
@@ -220,12 +222,58 @@ class Scan:
         problem: what is wrong with the files, None if nothing.
         crop: None if there is a problem.
         intensities: of the foreground of each step that has this case, by channel.
+        digest: of a test subject, see `_scan_test`.
     """
 
     counts: Mapping[int, int] = field(default_factory=dict)
     problem: str | None = None
     crop: nnunet_api.Crop | None = None
     intensities: Mapping[int | str, Sequence[np.ndarray]] = field(default_factory=dict)
+    digest: str = ""
+
+
+def _read(case: Case, dataset_json: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, tuple[float, ...]]:
+    """A case's images (C, *spatial), its segmentation in its own label values (1, *spatial), and the spacing in mm.
+
+    Raises:
+        ValueError: files are missing, damaged, of different grids, not finite, or with unknown label values.
+    """
+    for path in case.images:
+        if not path.is_file():
+            raise ValueError(f"{path}: got no file, expected the image of label {case.label.name}.")
+    if not case.images:
+        raise ValueError(f"{case.label}: got no image for this label, expected {case.name}_0000 in imagesTr.")
+    if not case.label.is_file():
+        raise ValueError(f"{case.label}: got no file, expected the label of image {case.images[0].name}.")
+    n_channels = len(dataset_json["channel_names"])
+    if len(case.images) != n_channels:
+        raise ValueError(
+            f"{case.name}: got {len(case.images)} images, expected one for each of the {n_channels} channel_names of "
+            "dataset.json."
+        )
+    try:
+        difference = _grid_difference(case.images, case.label)
+        reader = nnunet_api.reader_writer(dataset_json, case.label)
+        if not difference:
+            images, properties = reader.read_images([str(path) for path in case.images])
+            seg, _ = reader.read_seg(str(case.label))
+            for path in (*case.images, case.label):
+                nnunet_api.read_to_the_end(path)
+    except Exception as error:
+        raise ValueError(
+            f"{case.label}: got an unreadable image or label ({error}), expected files nnU-Net can read."
+        ) from error
+    if difference:
+        raise ValueError(f"{case.label}: {difference}")
+    if images.shape[1:] != seg.shape[1:]:
+        raise ValueError(f"{case.label}: got size {seg.shape[1:]}, expected {images.shape[1:]} as the image.")
+    if not np.isfinite(images).all() or any(map(_hides_not_finite, case.images)):
+        raise ValueError(f"{case.images[0]}: got voxels that are not finite (NaN or infinite), expected numbers.")
+    if unknown := [int(v) if v == int(v) else v for v in np.unique(seg).tolist() if v not in case.table]:
+        raise ValueError(
+            f"{case.label}: got label values {unknown}, expected only {sorted(case.table)} of dataset.json."
+        )
+    return images, seg, tuple(properties["spacing"])
 
 
 def _scan(case: Case, dataset_json: dict[str, Any], wanted: Mapping[int | str, tuple[Mapping[int, int], int]]) -> Scan:
@@ -234,40 +282,11 @@ def _scan(case: Case, dataset_json: dict[str, Any], wanted: Mapping[int | str, t
     Args:
         wanted: step -> where the own label values go in it, and how many intensities to sample.
     """
-    for path in case.images:
-        if not path.is_file():
-            return Scan(problem=f"{path}: got no file, expected the image of label {case.label.name}.")
-    if not case.images:
-        return Scan(problem=f"{case.label}: got no image for this label, expected {case.name}_0000 in imagesTr.")
-    if not case.label.is_file():
-        return Scan(problem=f"{case.label}: got no file, expected the label of image {case.images[0].name}.")
-    n_channels = len(dataset_json["channel_names"])
-    if len(case.images) != n_channels:
-        return Scan(
-            problem=f"{case.name}: got {len(case.images)} images, expected one for each of the {n_channels} "
-            "channel_names of dataset.json."
-        )
     try:
-        if difference := _grid_difference(case.images, case.label):
-            return Scan(problem=f"{case.label}: {difference}")
-        reader = nnunet_api.reader_writer(dataset_json, case.label)
-        images, properties = reader.read_images([str(path) for path in case.images])
-        seg, _ = reader.read_seg(str(case.label))
-        for path in (*case.images, case.label):
-            nnunet_api.read_to_the_end(path)
-    except Exception as error:
-        return Scan(
-            problem=f"{case.label}: got an unreadable image or label ({error}), expected files nnU-Net can read."
-        )
-    if images.shape[1:] != seg.shape[1:]:
-        return Scan(problem=f"{case.label}: got size {seg.shape[1:]}, expected {images.shape[1:]} as the image.")
-    if not np.isfinite(images).all() or any(map(_hides_not_finite, case.images)):
-        return Scan(problem=f"{case.images[0]}: got voxels that are not finite (NaN or infinite), expected numbers.")
-    if unknown := [int(v) if v == int(v) else v for v in np.unique(seg).tolist() if v not in case.table]:
-        return Scan(
-            problem=f"{case.label}: got label values {unknown}, expected only {sorted(case.table)} of dataset.json."
-        )
-    images, seg, crop = nnunet_api.crop_case(images, seg, properties["spacing"])
+        images, seg, spacing = _read(case, dataset_json)
+    except ValueError as error:
+        return Scan(problem=str(error))
+    images, seg, crop = nnunet_api.crop_case(images, seg, spacing)
     values, counts = np.unique(seg[seg >= 0], return_counts=True)
     found = dict(zip(values.tolist(), counts.tolist(), strict=True))
     intensities = {
@@ -275,6 +294,40 @@ def _scan(case: Case, dataset_json: dict[str, Any], wanted: Mapping[int | str, t
         for step, (table, n_samples) in wanted.items()
     }
     return Scan(found, None, crop, intensities)
+
+
+def _scan_test(case: Case, dataset_json: dict[str, Any]) -> Scan:
+    """Read a test subject's files; never raises. The digest is of what scores depend on: voxels, labels and spacing.
+
+    Files that hold the same, compressed in another way, have the same digest.
+    """
+    try:
+        images, seg, spacing = _read(case, dataset_json)
+    except ValueError as error:
+        return Scan(problem=str(error))
+    digest = hashlib.sha256(repr((images.shape, [round(float(each), 6) for each in spacing])).encode())
+    digest.update(np.ascontiguousarray(images, np.float32))
+    digest.update(np.ascontiguousarray(apply_remap(seg, case.table), np.int16))
+    return Scan(digest=digest.hexdigest())
+
+
+def scan_test_set(schedule: Schedule) -> dict[str, Scan]:
+    """Read every test image and label once; by name of the subject."""
+    if not schedule.test:
+        return {}
+    own, cases = dataset_json_of(first_source(schedule)), test_cases(schedule)
+    n_bytes = bytes_of([path for _, case in cases.values() for path in case.images])
+    todo = [(case, own) for _, case in cases.values()]
+    return dict(zip(cases, over_cases(_scan_test, todo, n_bytes, "checking the test subjects"), strict=True))
+
+
+def _problems(scans: Iterable[Scan]) -> list[str]:
+    return list(dict.fromkeys(scan.problem for scan in scans if scan.problem))
+
+
+def _refuse(problems: Sequence[str]) -> None:
+    if problems:
+        raise ValueError("the data do not fit the schedule; nothing was written:\n  " + "\n  ".join(problems))
 
 
 def _hides_not_finite(path: Path) -> bool:
@@ -304,11 +357,14 @@ def _grid_difference(images: Sequence[Path], label: Path) -> str:
     return ""
 
 
-def check_sources(schedule: Schedule, cases: Mapping[int | str, Sequence[Case]]) -> dict[Path, Scan]:
+def check_sources(
+    schedule: Schedule, cases: Mapping[int | str, Sequence[Case]], tested: Mapping[str, Scan] | None = None
+) -> dict[Path, Scan]:
     """Read every image and label once and check them; returns what was found, by label file.
 
     Args:
         cases: by step, and of ``"joint"`` if that is to be trained.
+        tested: what `scan_test_set` found, to be refused along with the rest.
 
     Raises:
         ValueError: all problems at once: images without labels and the reverse, label values that dataset.json does not
@@ -316,7 +372,7 @@ def check_sources(schedule: Schedule, cases: Mapping[int | str, Sequence[Case]])
             voxel of one of its classes.
     """
     scans = _scan_all(schedule, cases)
-    problems = [scan.problem for scan in scans.values() if scan.problem]
+    problems = _problems([*scans.values(), *(tested or {}).values()])
     own_steps = [of_step for step, of_step in cases.items() if step != JOINT]
     problems += dict.fromkeys(problem for of_step in own_steps for problem in _same_images(of_step))
     first = dataset_json_of(first_source(schedule))
@@ -342,8 +398,7 @@ def check_sources(schedule: Schedule, cases: Mapping[int | str, Sequence[Case]])
                 for name in _labelled_classes(schedule, step)
                 if not totals[labels[name]]
             ]
-    if problems:
-        raise ValueError("the data do not fit the schedule; nothing was written:\n  " + "\n  ".join(problems))
+    _refuse(problems)
     return scans
 
 
@@ -516,35 +571,55 @@ def write_raw(chain: Chain, step: int | str, cases: Sequence[Case], labels: Mapp
     logger.info("%s: %d cases, labels %s", folder.name, len(cases), dict(labels))
 
 
-def write_test_set(chain: Chain) -> None:
-    """Link the test images and relabel their labels to the final numbers, in the chain's ``test`` folder."""
+def write_test_set(chain: Chain, tested: Mapping[str, Scan] | None = None) -> None:
+    """Link the test images and relabel their labels to the final numbers, in the chain's ``test`` folder.
+
+    What is there of the same images and labels stays.
+
+    Args:
+        tested: what `scan_test_set` found; None: that is done here.
+
+    Raises:
+        ValueError: images or labels are damaged, do not fit each other, or have unknown labels.
+    """
     folder = chain.folder / "test"
     schedule = chain.schedule
     if test_set_is_written(chain):
+        return
+    tested = tested or scan_test_set(schedule)
+    _refuse(_problems(tested.values()))
+    own = dataset_json_of(first_source(schedule))
+    for test in schedule.test:
+        if test.dataset and (theirs := dataset_json_of(test.dataset)["channel_names"]) != own["channel_names"]:
+            logger.warning(
+                "%s: channel_names: got %s, expected %s as in the training data: the test images are normalised as "
+                "these. If they are of another kind, say so beside the scores.",
+                test.dataset / "dataset.json",
+                theirs,
+                own["channel_names"],
+            )
+    ending = own["file_ending"]
+    cases = test_cases(schedule)
+    ignore = final_labels(schedule, chain.n_steps, {"ignore": None})["ignore"]
+    listing = {name: {**entry, "sha256": tested[name].digest} for name, entry in _listing(cases).items()}
+    content = {"test": schedule.to_dict()["test"], "ignore": ignore, "file_ending": ending, "cases": listing}
+    if _test_json(chain) == json.loads(json.dumps(content)):
+        write_json(folder / FILES_FILE, _file_states(cases))
         return
     partial = chain.folder / ".test.part"
     shutil.rmtree(partial, ignore_errors=True)
     for name in ("images", "labels"):
         (partial / name).mkdir(parents=True)
-    own = dataset_json_of(first_source(schedule))
-    ending = own["file_ending"]
-    cases = test_cases(schedule)
     for name, (_, case) in cases.items():
         reader = nnunet_api.reader_writer(own, case.images[0])
         for channel, image in enumerate(case.images):
             link(image, partial / "images" / f"{name}_{channel:04d}{ending}")
         seg, properties = reader.read_seg(str(case.label))
-        try:
-            relabelled = apply_remap(seg[0], case.table)
-        except ValueError as error:
-            raise ValueError(f"{case.label}: {error}") from error
         label = partial / "labels" / f"{name}{ending}"
-        reader.write_seg(relabelled, str(label), properties)
+        reader.write_seg(apply_remap(seg[0], case.table), str(label), properties)
         nnunet_api.check_written(label, reader)
-    ignore = final_labels(schedule, chain.n_steps, {"ignore": None})["ignore"]
-    test = {"test": schedule.to_dict()["test"], "ignore": ignore, "file_ending": ending}
-    content = {**test, "cases": _listing(cases)}
     write_json(partial / "test.json", content)
+    write_json(partial / FILES_FILE, _file_states(cases))
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
     logger.info("test set: %d subjects", len(cases))
@@ -554,14 +629,32 @@ def _listing(cases: Mapping[str, tuple[int, Case]]) -> dict[str, Any]:
     return {name: {"labelled": list(case.labelled), "set": number} for name, (number, case) in cases.items()}
 
 
-def test_set_is_written(chain: Chain) -> bool:
-    """Whether the chain's ``test`` folder holds what the schedule names now; true where it names nothing."""
+def _file_states(cases: Mapping[str, tuple[int, Case]]) -> dict[str, list[list[int]]]:
+    """Size and time of change of each subject's label and images, by which a change is noticed without reading them."""
+    states = {name: [path.stat() for path in (case.label, *case.images)] for name, (_, case) in cases.items()}
+    return {name: [[state.st_size, state.st_mtime_ns] for state in found] for name, found in states.items()}
+
+
+def _test_json(chain: Chain) -> dict[str, Any]:
     path = chain.folder / "test" / "test.json"
-    if not chain.schedule.test or not path.is_file():
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def test_set_is_written(chain: Chain) -> bool:
+    """Whether the chain's ``test`` folder holds what the schedule names now, of files that have not changed since.
+
+    True where it names nothing.
+    """
+    written, states = _test_json(chain), chain.folder / "test" / FILES_FILE
+    if not chain.schedule.test or not written or not states.is_file():
         return not chain.schedule.test
-    written = json.loads(path.read_text(encoding="utf-8"))
-    wanted = json.loads(json.dumps(chain.schedule.to_dict()["test"]))
-    return written["test"] == wanted and written["cases"] == _listing(test_cases(chain.schedule))
+    cases = test_cases(chain.schedule)
+    listed = {name: {key: entry[key] for key in ("labelled", "set")} for name, entry in written["cases"].items()}
+    return (
+        written["test"] == json.loads(json.dumps(chain.schedule.to_dict()["test"]))
+        and listed == _listing(cases)
+        and json.loads(states.read_text(encoding="utf-8")) == _file_states(cases)
+    )
 
 
 def prepare_chain(chain: Chain, variants: Sequence[Variant]) -> None:
@@ -584,16 +677,17 @@ def prepare_chain(chain: Chain, variants: Sequence[Variant]) -> None:
     cases = {step: joint_cases(schedule) if step == JOINT else step_cases(schedule, int(step)) for step in steps}
     for step in steps:
         _check_same_cases(chain, step, cases[step])
+    tested = {} if test_set_is_written(chain) else scan_test_set(schedule)
     if not all(is_prepared(chain, step) for step in steps):
         if schedule.source is not None:
             logger.info("%s is cut up: all its labels are read, as only a simulation can", schedule.source.name)
         if JOINT in steps:
             logger.info("joint keeps the scans and labels of all steps, which is not privacy-safe")
-        scans = check_sources(schedule, cases)
+        scans = check_sources(schedule, cases, tested)
         tell_of_labels(schedule, cases, scans)
         chain.claim_numbers()
         _install_model(chain)
-        write_test_set(chain)
+        write_test_set(chain, tested)
         for step in steps:
             number = chain.n_steps if step == JOINT else int(step)
             source = first_source(schedule) if step == JOINT else step_source(schedule, number)
@@ -607,7 +701,7 @@ def prepare_chain(chain: Chain, variants: Sequence[Variant]) -> None:
                     _warn_of_clipping(chain, cases)
                 _preprocess(chain, step, cases[step], scans)
     _install_model(chain)
-    write_test_set(chain)
+    write_test_set(chain, tested)
     for step in schedule.own_steps:
         keep_source(chain, step)
     for variant in variants:

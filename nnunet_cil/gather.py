@@ -49,8 +49,8 @@ def gather_scores(chain: Chain, folders: Sequence[Path]) -> int:
                 if content.get(key) != wanted:
                     raise ValueError(
                         f"{path}: {key}: got {content.get(key)}, expected {wanted} as in {chain.folder}: these scores "
-                        "are of other test subjects, or of another tolerance. Run `nnunet-cil evaluate` there, with "
-                        "this schedule."
+                        "are of other test images or labels, or of another tolerance. Run `nnunet-cil evaluate` there, "
+                        "with this schedule."
                     )
             known = new.get(target) or (read_json(target, "scores") if target.is_file() else None)
             if known is not None and known["scores"] != content["scores"]:

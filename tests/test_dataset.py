@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -27,6 +30,7 @@ from nnunet_cil.dataset import (
     tell_of_labels,
     write_test_set,
 )
+from nnunet_cil.evaluate import scored_as
 from nnunet_cil.schedule import Schedule, load_schedule
 from nnunet_cil.step_files import STEP_FILE, check_step_files, read_step_file
 from tests.conftest import write_schedule, write_tiny_dataset
@@ -495,7 +499,7 @@ def test_test_set_has_the_final_numbers(prepared, source):
     np.testing.assert_array_equal(voxels(folder / "labels" / "case_3.nii.gz"), np.select([own == 1, own == 2], [2, 1]))
     assert (folder / "images" / "case_3_0000.nii.gz").samefile(source / "imagesTr" / "case_3_0000.nii.gz")
     content = read_json(folder / "test.json")
-    assert content["cases"] == {"case_3": {"labelled": [1, 2], "set": 0}}
+    assert content["cases"] == {"case_3": {"labelled": [1, 2], "set": 0, "sha256": ANY}}
     assert content["ignore"] == 3
     assert [path.name for path in (folder / "images").iterdir()] == ["case_3_0000.nii.gz"]
 
@@ -526,7 +530,10 @@ def test_equal_case_names_of_own_datasets_are_different_images(own_datasets):
 
 def test_test_cases_say_which_classes_are_labelled_in_them(own_datasets):
     cases = read_json(own_datasets.folder / "test" / "test.json")["cases"]
-    assert cases == {"case_2": {"labelled": [1], "set": 0}, "set1_case_2": {"labelled": [2], "set": 1}}
+    assert cases == {
+        "case_2": {"labelled": [1], "set": 0, "sha256": ANY},
+        "set1_case_2": {"labelled": [2], "set": 1, "sha256": ANY},
+    }
     own = voxels(own_datasets.schedule.file.parent / "two" / "labelsTr" / "case_2.nii.gz")
     label = own_datasets.folder / "test" / "labels" / "set1_case_2.nii.gz"
     np.testing.assert_array_equal(voxels(label), 2 * (own == 2))
@@ -617,6 +624,53 @@ def test_changed_test_set_is_written_anew(source, nnunet_folders, tmp_path):
     chain = Chain.open(cut(source, tmp_path, test="test: [case_2]"))
     write_test_set(chain)
     assert list(read_json(chain.folder / "test" / "test.json")["cases"]) == ["case_2"]
+
+
+def copied_and_tested(source: Path, tmp_path: Path) -> tuple[Path, Chain]:
+    """A copy of a source whose case_3 is the test set of a chain, written."""
+    folder = copied(source, tmp_path)
+    chain = Chain.open(load_schedule(write_schedule(tmp_path / "schedule.yaml", folder)))
+    write_test_set(chain)
+    return folder, chain
+
+
+@pytest.mark.parametrize("changed", ["labelsTr/case_3.nii.gz", "imagesTr/case_3_0000.nii.gz"])
+def test_a_test_subject_that_was_mended_is_written_and_scored_anew(source, nnunet_folders, tmp_path, changed):
+    folder, chain = copied_and_tested(source, tmp_path)
+    (chain.folder / "test" / "preprocessed").mkdir()
+    before = scored_as(chain)
+    rewrite(folder / changed, set_voxel(2))
+    write_test_set(chain)
+    assert scored_as(chain)["test_sha256"] != before["test_sha256"]
+    (mine,) = (chain.folder / "test" / Path(changed).parts[0].removesuffix("Tr")).iterdir()
+    assert voxels(mine)[0, 0, 0] == 2
+    assert not (chain.folder / "test" / "preprocessed").exists()
+    assert dataset.test_set_is_written(chain)
+
+
+@pytest.mark.parametrize("how", ["touched", "compressed in another way", "files.json lost"])
+def test_a_test_subject_that_holds_the_same_stays_and_with_it_its_scores(source, nnunet_folders, tmp_path, how):
+    folder, chain = copied_and_tested(source, tmp_path)
+    before, written = scored_as(chain), (chain.folder / "test" / "labels" / "case_3.nii.gz").stat()
+    path = folder / "labelsTr" / "case_3.nii.gz"
+    if how == "touched":
+        os.utime(path, ns=(0, 0))
+    elif how == "files.json lost":
+        (chain.folder / "test" / "files.json").unlink()
+    else:
+        path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()), 1))
+    assert not dataset.test_set_is_written(chain)
+    write_test_set(chain)
+    assert dataset.test_set_is_written(chain)
+    assert scored_as(chain) == before
+    assert (chain.folder / "test" / "labels" / "case_3.nii.gz").stat() == written
+
+
+def test_test_images_of_another_kind_are_warned_of(source, nnunet_folders, tmp_path, caplog):
+    other = write_tiny_dataset(tmp_path / "other", n_cases=1, channel="CT")
+    write_test_set(Chain.open(cut(source, tmp_path, test=f"test: {{dataset: {other}}}")))
+    (warning,) = caplog.messages
+    assert warning.startswith(f"{other}/dataset.json: channel_names: got {{'0': 'CT'}}, expected {{'0': 'MR'}}")
 
 
 def test_test_set_is_written_anew_if_a_subject_turns_out_to_lack_a_label(source, nnunet_folders, tmp_path):
@@ -742,6 +796,11 @@ def other_spacing(folder: Path) -> None:
     respace(folder / "labelsTr" / "case_0.nii.gz")
 
 
+def mirrored_label(folder: Path) -> None:
+    path = folder / "labelsTr" / "case_0.nii.gz"
+    SimpleITK.WriteImage(SimpleITK.Flip(SimpleITK.ReadImage(str(path)), (True, False, False)), str(path))
+
+
 def no_voxel_of_blob(folder: Path) -> None:
     for path in (folder / "labelsTr").iterdir():
         rewrite(path, lambda array: array * (array != 2))
@@ -820,6 +879,37 @@ def test_data_that_do_not_fit_are_named_and_nothing_is_written(source, nnunet_fo
     assert len(re.findall(r"^  \S", found, re.MULTILINE)) == expected, (
         "each problem is told once, though both steps have the case"
     )
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        pytest.param(other_size, r"labelsTr/case_0.nii.gz: got size \(24, 24, 15\), expected", marks=OTHER_GRID),
+        pytest.param(other_spacing, r"labelsTr/case_0.nii.gz: got spacing", marks=OTHER_GRID),
+        pytest.param(mirrored_label, r"labelsTr/case_0.nii.gz: got axes along", marks=OTHER_GRID),
+        (unknown_value, r"labelsTr/case_0.nii.gz: got label values \[7(\.0)?\], expected only \[0, 1, 2\]"),
+        (unreadable_image, r"labelsTr/case_0.nii.gz: got an unreadable image or label"),
+        (unreadable_label, r"labelsTr/case_0.nii.gz: got an unreadable image or label"),
+    ],
+)
+def test_test_subjects_that_do_not_fit_are_named_with_the_rest(source, nnunet_folders, tmp_path, damage, message):
+    folder = copied(source, tmp_path)
+    write_json(folder / "split.json", {"test": ["case_0"]})
+    no_label(folder)
+    damage(folder)
+    found = refusal(load_schedule(write_schedule(tmp_path / "schedule.yaml", folder)), nnunet_folders)
+    assert re.search(message, found)
+    assert "labelsTr/case_1.nii.gz: got no file" in found
+    assert len(re.findall(r"^  \S", found, re.MULTILINE)) == 2
+
+
+def test_a_damaged_test_set_of_a_chain_that_is_prepared_is_refused_too(source, nnunet_folders, tmp_path):
+    folder, chain = copied_and_tested(source, tmp_path)
+    unknown = folder / "labelsTr" / "case_3.nii.gz"
+    rewrite(unknown, set_voxel(7))
+    with pytest.raises(ValueError, match=r"case_3.nii.gz: got label values \[7(\.0)?\]"):
+        write_test_set(chain)
+    assert (chain.folder / "test" / "test.json").is_file(), "what was there stays"
 
 
 def check(schedule: Schedule) -> None:
@@ -921,7 +1011,7 @@ def test_unknown_value_in_a_test_label_is_named_with_its_file(source, nnunet_fol
     folder = copied(source, tmp_path)
     rewrite(folder / "labelsTr" / "case_3.nii.gz", set_voxel(7))
     chain = Chain.open(load_schedule(write_schedule(tmp_path / "schedule.yaml", folder)))
-    with pytest.raises(ValueError, match=r"labelsTr/case_3.nii.gz: labels: got values \[7"):
+    with pytest.raises(ValueError, match=r"labelsTr/case_3.nii.gz: got label values \[7(\.0)?\], expected"):
         prepare_chain(chain, [chain.variant("pgcd", 0)])
     assert list(nnunet_folders["nnUNet_raw"].iterdir()) == []
     assert not (chain.folder / "test").exists()

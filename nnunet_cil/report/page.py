@@ -548,7 +548,9 @@ def _made(found: Collected, commands: Sequence[str]) -> str:
     trainings = "\n".join(model.train_command for model in models if model.train_command)
     predictions = "\n".join([*(model.predict_command for model in models), *found.predict_ensembles])
     settings = yaml.safe_dump(provenance.without_folders(dict(found.schedule)), sort_keys=False, allow_unicode=True)
-    test_hash = f" The list of test subjects has the sha256 {found.test_sha256}." if found.test_sha256 else ""
+    test_hash = (
+        f" The test set, with images and labels, has the sha256 {found.test_sha256}." if found.test_sha256 else ""
+    )
     seeds = listed(list(dict.fromkeys(str(run.seed) for run in found.runs))) or "none"
     where = f"TEST_IMAGES is $nnUNet_results/chain_{found.name}/test/images"
     return "".join(
