@@ -71,9 +71,11 @@ class GivenModel:
             return fold
         if len(self.folds) == 1:
             return self.folds[0]
+        folds = " ".join(map(str, self.folds))
         raise ValueError(
             f"{self.path}: got a model with the folds {list(self.folds)}, expected fold {fold!r} among them. Set "
-            "`fold` in the schedule to one that it has, or to a list of them."
+            f"`fold` in the schedule (--fold of `nnunet-cil extend`) to one that it has, or to several: --fold {folds} "
+            "trains each from its own."
         )
 
     def install(

@@ -372,7 +372,9 @@ def test_each_fold_has_its_own_teacher_and_a_zip_of_all_folds_is_ensembled_and_e
 
     (tmp_path / "there").mkdir()
     move_away(tmp_path / "there", monkeypatch)
-    with pytest.raises(ScheduleError, match=r"fold: .*the folds \[0, 1\], expected fold 'all'.* or to a list of them"):
+    with pytest.raises(
+        ScheduleError, match=r"fold: .*the folds \[0, 1\], expected fold 'all'.* or to several: --fold 0 1"
+    ):
         opened(tmp_path / "there", archive)
     extended = opened(tmp_path / "there", archive, fold=[0, 1], training={"epochs": 1, "iterations_per_epoch": 1})
     for fold in (0, 1):
@@ -414,7 +416,11 @@ def test_a_model_is_named_by_dataset_trainer_plans_and_configuration(planned, ma
     model = write_given(theirs, plans, configuration, "nnUNetTrainerBN", (0, 1))
     data = write_tiny_dataset(machine / "new", n_cases=3)
     command = ["extend", dataset, "-tr", "nnUNetTrainerBN", "-p", "nnUNetPlansMine", "-c", configuration]
-    command += ["--with", str(data), "--classes", "blob", "--only-write", "--fold", "0", "1"]
+    command += ["--with", str(data), "--classes", "blob", "--only-write"]
+    assert main(command) == 1, "nnU-Net's usual folds are not `all`"
+    assert "--fold 0 1 trains each from its own" in capsys.readouterr().err
+    assert not (machine / "extended.yaml").exists(), "the mended command writes it"
+    command += ["--fold", "0", "1"]
     assert main(command) == 0
     schedule = load_schedule(machine / "extended.yaml")
     assert schedule.model.path == model

@@ -391,6 +391,8 @@ def test_extend_writes_a_schedule_and_never_over_another(first, tmp_path, monkey
     write_tiny_dataset(tmp_path / "new", n_cases=4)
     monkeypatch.chdir(tmp_path)
     command = ["extend", str(first.folder / "given.zip"), "--with", "new", "--classes", "pancreas=2", "--only-write"]
+    assert main([*command, "--classes", "pancreas=7"]) == 1
+    assert not (tmp_path / "extended.yaml").exists(), "nothing is left of a mistake"
     assert main(command) == 0
     assert "extended.yaml" in capsys.readouterr().out
     schedule = load_schedule(tmp_path / "extended.yaml")
@@ -399,3 +401,4 @@ def test_extend_writes_a_schedule_and_never_over_another(first, tmp_path, monkey
     assert main(command) == 0, "the same again"
     assert main([*command, "--epochs", "3"]) == 1
     assert "not touched" in capsys.readouterr().err
+    assert load_schedule(tmp_path / "extended.yaml").training.epochs == schedule.training.epochs

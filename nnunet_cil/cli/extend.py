@@ -72,10 +72,19 @@ def run(args: argparse.Namespace) -> int:
     if args.test:
         content["test"] = {"dataset": _dataset(args.test)}
     text = yaml.safe_dump(content, sort_keys=False)
-    if path.is_file() and path.read_text(encoding="utf-8") != text:
-        raise ValueError(f"{path}: it exists with other content and is not touched. Give another --name or --schedule.")
+    was_there = path.is_file()
+    if was_there and path.read_text(encoding="utf-8") != text:
+        raise ValueError(
+            f"{path}: it exists with other content and is not touched. `nnunet-cil run {path}` goes on with it; for "
+            "another one give another --name or --schedule, or remove it."
+        )
     path.write_text(text, encoding="utf-8")
-    schedule = load_schedule(path)
+    try:
+        schedule = load_schedule(path)
+    except Exception:
+        if not was_there:
+            path.unlink()  # the same command with its mistake mended writes it anew
+        raise
     print(f"The schedule is {path}; `nnunet-cil run {path}` goes on with it.")
     if not args.only_write:
         print(driver.run(schedule, [], [], args.launcher))
