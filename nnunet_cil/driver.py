@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import re
 import shlex
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from functools import partial
@@ -37,7 +35,7 @@ from nnunet_cil.evaluate import (
 from nnunet_cil.gather import gather_scores
 from nnunet_cil.guard import Check, check_step, place_of, read_checks, stops
 from nnunet_cil.launcher import Task, check_launcher, job_states, launch
-from nnunet_cil.parallel import worker_count
+from nnunet_cil.parallel import end_with_parent, in_own_process, worker_count
 from nnunet_cil.precision import amp_dtype
 from nnunet_cil.present import present_variants
 from nnunet_cil.report import write as report_page
@@ -52,8 +50,6 @@ logger = logging.getLogger(__name__)
 COMPARED = ("pgcd", "pseudo_kd", "pseudo", "plop", "mib", "ilt", "lwf", "ewf", "ewc", "finetune")
 FEW_CORES = 4
 WORKERS_VARIABLE = "nnUNet_n_proc_DA"
-_PR_SET_PDEATHSIG = 1
-_PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
 def variants_of(chain: Chain, methods: Sequence[str], seeds: Sequence[int | None]) -> list[Variant]:
@@ -143,23 +139,38 @@ def _complete(
     with chain.locked(_name(chain, variant, step, fold)):
         if not chain.trained(variant, step, fold):
             _train(chain, variant, step, fold, label)
-        with _nnunet_output(chain):
-            if chain.schedule.test:
-                _score(chain, variant, step, fold)
-            check = check_step(chain, variant, step, fold, device_of(chain.schedule))
+        if device_of(chain.schedule).type == "cuda" and not _is_done(chain, variant, step, fold):
+            # what a process has taken of a GPU it keeps until it ends, and the next training needs all of it
+            file = chain.schedule.file.absolute()
+            check = in_own_process(judge_model, file, variant.method, variant.seed, step, fold)
+        else:
+            check = _judge(chain, variant, step, fold)
     if chain.schedule.test:
         report(chain, variants)
     if check is not None and stops(chain, check):
         _stop(chain, variant, check)
 
 
-def _score(chain: Chain, variant: Variant, step: int | str, fold: int | str) -> None:
-    """Score a model, and after the last of several folds their ensemble."""
+def judge_model(file: Path, method: str, seed: int | None, step: int | str, fold: int | str) -> Check | None:
+    """Score a trained model and compare it with the step before, as a process of its own does it.
+
+    Args:
+        file: the schedule.
+    """
+    chain = Chain.open(load_schedule(file))
+    return _judge(chain, chain.variant(method, seed), step, fold)
+
+
+def _judge(chain: Chain, variant: Variant, step: int | str, fold: int | str) -> Check | None:
+    """Score a model, and after the last of several folds their ensemble; compare it with the step before."""
     device = device_of(chain.schedule)
-    evaluate_model(chain, variant, step, fold, device)
-    if _has_ensemble(chain, variant, step):
-        with chain.locked(_name(chain, variant, step, ENSEMBLE)):
-            evaluate_model(chain, variant, step, ENSEMBLE, device)
+    with _nnunet_output(chain):
+        if chain.schedule.test:
+            evaluate_model(chain, variant, step, fold, device)
+            if _has_ensemble(chain, variant, step):
+                with chain.locked(_name(chain, variant, step, ENSEMBLE)):
+                    evaluate_model(chain, variant, step, ENSEMBLE, device)
+        return check_step(chain, variant, step, fold, device)
 
 
 def _has_ensemble(chain: Chain, variant: Variant, step: int | str) -> bool:
@@ -300,12 +311,11 @@ def evaluate(schedule: Schedule, methods: Sequence[str], seeds: Sequence[int | N
     todo = [entry for entry in _trainings(chain, variants) if chain.content["plans_name"] and chain.trained(*entry)]
     if not todo:
         raise ValueError(f"{chain.folder}: got no finished training, expected one. Start with `nnunet-cil run`.")
-    with chain.locked(), _nnunet_output(chain):
+    with chain.locked():
         write_test_set(chain)
         for variant, step, fold in todo:
             with chain.locked(_name(chain, variant, step, fold)):
-                _score(chain, variant, step, fold)
-                check_step(chain, variant, step, fold, device_of(schedule))
+                _judge(chain, variant, step, fold)
     return report(chain, variants)
 
 
@@ -499,7 +509,7 @@ def _train(chain: Chain, variant: Variant, step: int | str, fold: int | str, lab
             errors="replace",
             env={**environment, "PYTHONIOENCODING": "utf-8"},
             start_new_session=True,
-            preexec_fn=_end_with_parent,
+            preexec_fn=end_with_parent,
         )
         Thread(target=_clear_up, args=(process,), daemon=True).start()
         try:
@@ -519,12 +529,6 @@ def _train(chain: Chain, variant: Variant, step: int | str, fold: int | str, lab
         raise RuntimeError(
             f"{label}: the training ended with code {code}.\n{_reason(log_path)}\nAll of it: {log_path}{killed}"
         )
-
-
-def _end_with_parent() -> None:
-    """In a new process: be killed when the one that started it ends, however that ends; on Linux alone."""
-    if _PRCTL is not None:
-        _PRCTL(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _clear_up(training: subprocess.Popen) -> None:

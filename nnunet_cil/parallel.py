@@ -1,15 +1,17 @@
-"""Work on many cases: in this process where that is faster, else in worker processes, with a line of progress."""
+"""Work on many cases, in this process or in workers, whichever is faster; and work in a process of its own."""
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import cache
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from time import monotonic
 from typing import Any, TypeVar
 
@@ -18,6 +20,8 @@ Result = TypeVar("Result")
 
 SMALL_BYTES = 64 * 2**20
 TELL_EVERY_SECONDS = 10.0
+_PR_SET_PDEATHSIG = 1
+_PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
 def on_sigterm(handler: Callable[[int, Any], None]) -> None:
@@ -107,3 +111,45 @@ def _told(results: Iterable[Result], total: int, what: str) -> list[Result]:
             left = (now - started) / len(done) * (total - len(done))
             logger.info("%s: case %d of %d, about %.0f s left", what, len(done), total, left)
     return done
+
+
+def end_with_parent() -> None:
+    """In a new process: be killed when the one that started it ends, however that ends; on Linux alone."""
+    if _PRCTL is not None:
+        _PRCTL(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def in_own_process(function: Callable[..., Result], *arguments: Any) -> Result:
+    """``function(*arguments)`` in a new process, which ends with it and tells its progress on stderr.
+
+    Interrupted, it is ended as well.
+
+    Args:
+        function: importable by the process.
+        arguments: like the result to be pickled.
+
+    Raises:
+        RuntimeError: the process was killed.
+        Exception: what ``function`` raises.
+    """
+    level = logging.getLogger("nnunet_cil").getEffectiveLevel()
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_begin, initargs=(level,)) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                "got a process that was killed while it predicted or scored, expected it to end by itself. Most often "
+                "memory ran out. The same command goes on from there."
+            ) from error
+        except BaseException:
+            for child in active_children():
+                child.terminate()
+            raise
+
+
+def _begin(level: int) -> None:
+    """At the start of such a process; an interrupt from the keyboard is its parent's."""
+    end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("nnunet_cil").setLevel(level)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
+import time
+from multiprocessing import active_children
 
 import pytest
 
 from nnunet_cil import parallel
-from nnunet_cil.parallel import SMALL_BYTES, over_cases, worker_count
+from nnunet_cil.parallel import SMALL_BYTES, in_own_process, over_cases, worker_count
 
 BIG = SMALL_BYTES
 
@@ -107,3 +110,40 @@ def test_threads_are_those_asked_for_else_the_cores_that_may_be_used(monkeypatch
     monkeypatch.setattr(parallel, "core_count", lambda: 5)
     monkeypatch.setenv("OMP_NUM_THREADS", asked)
     assert parallel.thread_count() == threads
+
+
+def say_and_give_pid(line: str) -> int:
+    logging.getLogger("nnunet_cil.somewhere").info(line)
+    return os.getpid()
+
+
+def test_a_process_of_its_own_gives_result_and_lines(capfd):
+    logging.getLogger("nnunet_cil").setLevel(logging.INFO)
+    assert in_own_process(say_and_give_pid, "half of it is done") != os.getpid()
+    assert capfd.readouterr().err == "half of it is done\n"
+    assert active_children() == []
+
+
+def test_what_it_raises_is_raised_here():
+    with pytest.raises(ValueError, match="negative"):
+        in_own_process(math.factorial, -1)
+
+
+def test_one_that_is_killed_is_told():
+    with pytest.raises(RuntimeError, match="killed while it predicted or scored, expected it to end by itself"):
+        in_own_process(os.abort)
+
+
+def test_an_interrupt_ends_it():
+    def interrupt(*_) -> None:
+        raise KeyboardInterrupt
+
+    before, started = signal.signal(signal.SIGALRM, interrupt), time.monotonic()
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1.0)
+        with pytest.raises(KeyboardInterrupt):
+            in_own_process(time.sleep, 60)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert time.monotonic() - started < 30
+    assert active_children() == []

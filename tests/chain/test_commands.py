@@ -74,6 +74,33 @@ def test_a_second_run_repeats_nothing(driven):
     assert shown.splitlines()[-1] == driven.shown.splitlines()[-1]
 
 
+ON_A_GPU = """
+import logging
+from pathlib import Path
+
+import torch
+
+from nnunet_cil import driver, nnunet_api
+from nnunet_cil.schedule import load_schedule
+
+if __name__ == "__main__":
+    logging.basicConfig(level="INFO")
+    driver.device_of = lambda schedule: torch.device("cuda")
+    nnunet_api.predict = None
+    driver.run(load_schedule(Path("schedule.yaml")), [], [])
+"""
+
+
+def test_on_a_gpu_a_process_of_its_own_predicts_and_scores(driven):
+    model = driven.root / "nnUNet_results" / "chain_tiny" / "predictions" / "nnUNetPlans" / "step2_fold_0"
+    before = (model / "scores.json").read_text(encoding="utf-8")
+    shutil.rmtree(model)
+    (driven.root / "on_a_gpu.py").write_text(ON_A_GPU, encoding="utf-8")
+    shown = driven.types("python on_a_gpu.py")
+    assert "predicting 1 test subjects with step 2 of pgcd" in shown, "its lines come here"
+    assert (model / "scores.json").read_text(encoding="utf-8") == before
+
+
 def test_lines_typed_by_hand_give_what_the_driver_gives(driven, tmp_path):
     user = User(tmp_path)
     shown = user.types("nnunet-cil prepare schedule.yaml")
