@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -369,7 +369,7 @@ def check_sources(
     Raises:
         ValueError: all problems at once: images without labels and the reverse, label values that dataset.json does not
             have, grids that differ, voxels that are not finite, an image twice, a step without cases or without any
-            voxel of one of its classes.
+            voxel of one of its classes, or a fold of it.
     """
     scans = _scan_all(schedule, cases)
     problems = _problems([*scans.values(), *(tested or {}).values()])
@@ -398,8 +398,35 @@ def check_sources(
                 for name in _labelled_classes(schedule, step)
                 if not totals[labels[name]]
             ]
+            known = {labels[name]: name for name in schedule.steps[step - 1].classes if totals[labels[name]]}
+            voxels = {case.name: _voxels(case, scans) for case in cases[step]}
+            problems += [f"{where}: {problem}" for problem in _fold_problems(schedule.folds, voxels, known)]
     _refuse(problems)
     return scans
+
+
+def _fold_problems(
+    folds: Sequence[int | str], voxels: Mapping[str, Mapping[int, int]], classes: Mapping[int, str]
+) -> Iterator[str]:
+    """What a fold's training part lacks.
+
+    Args:
+        voxels: of each case, by label value.
+        classes: names of the new ones, by label value.
+    """
+    splits = nnunet_api.crossval_splits(list(voxels))
+    for fold in folds:
+        training = nnunet_api.training_part(voxels, splits, fold)
+        if not training:
+            yield (
+                f"fold {fold}: got no training case, as the step has {len(voxels)}, expected at least one. Set "
+                "`fold: all`, or add subjects."
+            )
+        elif missing := [name for value, name in classes.items() if not any(voxels[case][value] for case in training)]:
+            yield (
+                f"fold {fold}: got no voxel of {missing} in the labels of its {len(training)} training cases, expected "
+                "at least one: the others validate. Set `fold: all`, or add subjects."
+            )
 
 
 def _same_images(cases: Sequence[Case]) -> list[str]:

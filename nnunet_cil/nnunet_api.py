@@ -18,7 +18,7 @@ import shutil
 import sys
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -752,17 +752,21 @@ def preprocessed_dataset(folder: Path, cases: Sequence[str] | None = None) -> An
 def fold_cases(folder: Path, fold: int | str) -> list[str]:
     """Training cases of a fold, from the ``splits_final.json`` beside a preprocessed folder; sorted.
 
-    Of a fold beyond these, nnU-Net trains on four fifths of the cases, drawn with the fold as seed.
-
     Raises:
         FileNotFoundError: the dataset is not there any more.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: got no such folder, expected the preprocessed cases that are to be kept.")
-    cases = sorted(preprocessed_dataset(folder).identifiers)
+    splits = folder.parent / "splits_final.json"
+    known = [] if fold == "all" else json.loads(splits.read_text(encoding="utf-8"))
+    return training_part(preprocessed_dataset(folder).identifiers, known, fold)
+
+
+def training_part(cases: Iterable[str], splits: Sequence[Mapping[str, Sequence[str]]], fold: int | str) -> list[str]:
+    """Cases that nnU-Net trains a fold on, sorted; beyond the splits, four fifths, drawn with the fold as seed."""
+    cases = sorted(cases)
     if fold == "all":
         return cases
-    splits = json.loads((folder.parent / "splits_final.json").read_text(encoding="utf-8"))
     if int(fold) < len(splits):
         return sorted(splits[int(fold)]["train"])
     drawn = np.random.RandomState(12345 + int(fold)).choice(len(cases), int(len(cases) * 0.8), replace=False)

@@ -912,6 +912,26 @@ def test_a_damaged_test_set_of_a_chain_that_is_prepared_is_refused_too(source, n
     assert (chain.folder / "test" / "test.json").is_file(), "what was there stays"
 
 
+def test_folds_that_lack_cases_or_a_class_are_told_before_anything_is_written(nnunet_folders, tmp_path):
+    folder = write_tiny_dataset(tmp_path / "source", n_cases=7)
+    splits = nnunet_api.crossval_splits([f"case_{number}" for number in range(6)])
+    kept = splits[0]["val"]
+    for number in range(6):
+        if f"case_{number}" not in kept:
+            rewrite(folder / "labelsTr" / f"case_{number}.nii.gz", lambda array: array * (array != 2))
+    schedule = load_schedule(write_schedule(tmp_path / "schedule.yaml", folder, fold="[0, 1]"))
+    found = refusal(schedule, nnunet_folders)
+    assert f"fold 0: got no voxel of ['blob'] in the labels of its {len(splits[0]['train'])} training cases" in found
+    assert "fold 1" not in found
+
+    few = write_tiny_dataset(tmp_path / "few", n_cases=2)
+    found = refusal(load_schedule(write_schedule(tmp_path / "few.yaml", few, fold="[0, 1]")), nnunet_folders)
+    assert re.findall(r"steps\[(\d)\]: fold (\d): got no training case, as the step has 1", found) == [
+        ("0", "1"),
+        ("1", "1"),
+    ]
+
+
 def check(schedule: Schedule) -> None:
     check_sources(schedule, {step: step_cases(schedule, step) for step in (1, 2)})
 
