@@ -114,7 +114,7 @@ class Chain:
         abandoned: list[Path] = []
         if known is not None:
             chain = cls(schedule, known)
-            differing = chain.differing_keys()
+            differing = chain.differing_keys(has_begun=chain._has_begun())
             if differing and chain.content["plans_name"] is not None:
                 chain._refuse_other_schedule(differing)
             if differing:  # a mistake was mended before anything was planned
@@ -179,15 +179,29 @@ class Chain:
         """Write ``chain.json``."""
         write_json(self.folder / CHAIN_FILE, sealed(self.content))
 
-    def differing_keys(self) -> list[str]:
+    def _has_begun(self) -> bool:
+        """Whether a training of this chain was started."""
+        steps = (*self.schedule.own_steps, JOINT)
+        return any((self.paths["nnUNet_results"] / self.dataset_name(step)).exists() for step in steps)
+
+    def differing_keys(self, has_begun: bool = True) -> list[str]:
         """``key: then, now`` of the schedule in ``content`` and this one, for what may not change while a chain runs.
 
         That is all but what is no part of a training that was done, and the variants, whose trainings are compared
         one by one.
+
+        Args:
+            has_begun: whether there is a training. Before, how to train may change, but for the seed, by which
+                subjects were dealt to steps.
         """
         before, now = dict(self.content["schedule"]), json.loads(json.dumps(self.schedule.to_dict()))
         for key, defaults in (("method", STORED_METHOD_DEFAULTS), ("training", asdict(Training()))):
             before[key] = {**defaults, **before[key]}  # a chain of an earlier version, which had fewer settings
+        if not has_begun:
+            before["method"], before["training"] = (
+                now["method"],
+                {**now["training"], "seed": before["training"]["seed"]},
+            )
         for step, then, given in zip(self.schedule.own_steps, before["steps"], now["steps"], strict=False):
             if self.source_is_gone(step) and "unlabelled" in then:
                 given["unlabelled"] = then["unlabelled"]

@@ -41,12 +41,14 @@ def numbers(chain: Chain) -> list[int]:
     return [*chain.content["datasets"], chain.content[JOINT]]
 
 
-def start(chain: Chain, planned: bool = True) -> None:
-    """What of a preparation matters to a later opening: chain.json and the raw datasets of the steps."""
+def start(chain: Chain, planned: bool = True, begun: bool = True) -> None:
+    """What matters to a later opening: chain.json, the raw datasets of the steps, and a training of the first one."""
     chain.content["plans_name"] = "nnUNetPlans" if planned else None
     chain.save()
     for step in range(1, chain.n_steps + 1):
         write_json(chain.raw(step) / STEP_FILE, {"chain": chain.schedule.name, "step": step, "n_cases": 1})
+    if planned and begun:
+        (chain.paths["nnUNet_results"] / chain.dataset_name(1)).mkdir()
 
 
 def test_new_chain_has_consecutive_numbers_and_one_for_joint(schedule):
@@ -179,7 +181,8 @@ def test_changed_schedule_of_the_same_name_is_refused(schedule, tmp_path, source
     ) as caught:
         Chain.open(changed)
     lines = [line.strip() for line in str(caught.value).splitlines() if line.startswith("  ")]
-    folders = [f"{tmp_path}/nnUNet_results/chain_tiny", *sorted(map(str, (tmp_path / "nnUNet_raw").iterdir()))]
+    folders = [f"{tmp_path}/nnUNet_results/chain_tiny", f"{tmp_path}/nnUNet_results/Dataset{FIRST_FREE_ID}_tiny_step1"]
+    folders = [folders[0], *sorted([folders[1], *map(str, (tmp_path / "nnUNet_raw").iterdir())])]
     differences, rest = lines[: -len(folders)], lines[-len(folders) :]
     assert differences
     assert all(re.fullmatch(rf"{key}: (\w+: )?chain \S.*, schedule \S.*", line) for line in differences)
@@ -218,6 +221,19 @@ def test_changed_schedule_starts_anew_where_nothing_was_planned(schedule, tmp_pa
     assert first.raw(1).is_dir(), "to look at a chain removes nothing"
     chain.discard_abandoned()
     assert sorted((tmp_path / "nnUNet_raw").iterdir()) == theirs
+
+
+def test_how_to_train_may_change_until_a_training_has_begun_but_not_the_seed(schedule, tmp_path, source):
+    start(Chain.open(schedule), begun=False)
+    how = {"training": ", later_lr: 0.001", "extra": "method: {lambda_dapd: 0.5}"}
+    path = write_schedule(tmp_path / "changed.yaml", source, **how)
+    chain = Chain.open(load_schedule(path))
+    assert numbers(chain)[0] == FIRST_FREE_ID
+    assert chain.content["schedule"]["training"]["later_lr"] == 0.001
+    assert chain.content["schedule"]["method"]["lambda_dapd"] == 0.5
+    path.write_text(path.read_text(encoding="utf-8").replace("seed: 0", "seed: 1"), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"\n  training: seed: chain 0, schedule 1\n"):
+        Chain.open(load_schedule(path))
 
 
 def test_device_guard_and_test_may_change(schedule, tmp_path, source):
@@ -424,7 +440,7 @@ def test_variants_may_be_added_to_a_chain_and_settings_of_an_older_version_may_l
     chain = Chain.open(load_schedule(write_schedule(tmp_path / "schedule.yaml", source)))
     chain.content["plans_name"] = "nnUNetPlans"
     del chain.content["schedule"]["method"]["lambda_pod"], chain.content["schedule"]["training"]["amp"]
-    chain.save()
+    start(chain)
     extra = "variants: {strong: {lambda_pgcd: 3.0}}"
     Chain.open(load_schedule(write_schedule(tmp_path / "schedule.yaml", source, extra=extra)))
     with pytest.raises(ValueError, match="another schedule"):
