@@ -18,6 +18,7 @@ from time import monotonic, sleep
 import torch
 
 from nnunet_cil import nnunet_api
+from nnunet_cil.advice import warn_before_planning
 from nnunet_cil.chain import JOINT, REPLAY_TRAINER, Chain, Variant, method_of, write_json
 from nnunet_cil.dataset import block_of, prepare_chain, write_test_set
 from nnunet_cil.environment import trainer_path_variable, trainers_dir
@@ -391,6 +392,8 @@ def _prepared_variants(
     variants = variants_of(chain, methods, seeds)
     _check_not_forgotten(chain, variants)
     needed = _with_first_steps(chain, variants)
+    if chain.content["plans_name"] is None:
+        warn_before_planning(chain.schedule)
     with _nnunet_output(chain):
         for variant in needed:
             nnunet_api.check_trainer(variant.trainer)

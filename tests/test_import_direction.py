@@ -15,7 +15,7 @@ LAYERS = (
     {"teacher", "block", "lineage", "plan_override", "intensity", "extraction", "pseudo_labels", "imprinting"},
     {"objectives", "chain"},
     {"trainer", "dataset"},
-    {"driver", "evaluate", "report", "export", "audit", "guard", "launcher", "gather", "present"},
+    {"driver", "evaluate", "report", "export", "audit", "guard", "launcher", "gather", "present", "advice"},
     {"cli", "trainers"},
 )
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}

@@ -1,0 +1,104 @@
+"""Warnings of what cannot be made up for once a chain is planned."""
+
+from __future__ import annotations
+
+import pytest
+
+from nnunet_cil import driver
+from nnunet_cil.advice import left_right_pair, warn_before_planning
+from nnunet_cil.chain import Chain
+from nnunet_cil.schedule import load_schedule
+from tests.conftest import write_schedule, write_tiny_dataset
+from tests.test_given_model import write_model
+from tests.test_schedule import BASE, ORGANS, load, write_raw
+
+TEST = {"test": ["s1"]}
+
+
+@pytest.fixture
+def warned(tmp_path, monkeypatch, caplog):
+    """``warned(changes)`` gives the warnings of a schedule over four organs, without the file's name."""
+    write_raw(tmp_path / "raw" / "Dataset001_Organs")
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
+
+    def warnings(changes: dict) -> list[str]:
+        caplog.clear()
+        warn_before_planning(load(tmp_path, {**BASE, "steps": [[name] for name in ORGANS], **changes}))
+        return [record.getMessage().removeprefix(f"{tmp_path / 'schedule.yaml'}: ") for record in caplog.records]
+
+    return warnings
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        ("right_kidney", "left_kidney"),
+        ("kidney_left", "kidney_right"),
+        ("Left Kidney", "right kidney"),
+        ("RightParotid", "LeftParotid"),
+        ("Parotid_L", "Parotid_R"),
+        ("KIDNEY LEFT", "kidney-right"),
+        ("r.lung", "l.lung"),
+    ],
+)
+def test_names_that_differ_by_left_and_right_are_a_pair(pair):
+    assert left_right_pair(["liver", pair[0], "spleen", pair[1]]) == pair
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("liver", "spleen"),
+        ("left_kidney", "kidneys"),
+        ("left_kidney", "Left Kidney"),
+        ("left_kidney", "right_lung"),
+        ("vertebra_l1", "vertebra_r1"),
+        ("liver", "river"),
+        (),
+    ],
+)
+def test_other_names_are_none(names):
+    assert left_right_pair(names) is None
+
+
+def test_classes_that_mirroring_exchanges_are_warned_of_once(warned):
+    (line,) = warned(TEST)
+    assert line.startswith("mirror_axes: got nothing, so images are mirrored along all axes")
+    assert "'right_kidney' looks like 'left_kidney'" in line
+    assert "`mirror_axes: [0, 1]`" in line
+    assert "`mirror_axes: [0]`" in warned({**TEST, "configuration": "2d"})[0]
+
+
+@pytest.mark.parametrize("axes", [[], [0, 1], [0, 1, 2]])
+def test_who_names_the_axes_knows(warned, axes):
+    assert warned({**TEST, "mirror_axes": axes}) == []
+
+
+def test_other_organs_may_be_mirrored(warned):
+    assert warned({**TEST, "steps": [["liver"], ["spleen", "left_kidney"]]}) == []
+
+
+def test_a_given_model_has_its_mirroring(warned, tmp_path):
+    model = write_model(tmp_path / "nnUNetTrainer__nnUNetPlans__3d_fullres")
+    write_raw(tmp_path / "raw" / "Dataset002_Kidneys", labels=("kidney_l", "kidney_r"))
+    steps = [{"dataset": 2, "classes": ["kidney_l", "kidney_r"]}]
+    (line,) = warned({"source": None, "model": str(model), "steps": steps})
+    assert line.startswith("test: got nothing, so no step is scored")
+
+
+def test_a_chain_is_warned_of_before_it_is_planned_and_not_again(nnunet_folders, tmp_path, monkeypatch, caplog):
+    source = write_tiny_dataset(tmp_path / "source", n_cases=2)
+    path = write_schedule(tmp_path / "s.yaml", source)
+    path.write_text("".join(line for line in path.open() if not line.startswith("test:")))
+    monkeypatch.setattr(driver, "prepare_chain", lambda *_: None)
+    monkeypatch.setattr(driver, "_trainings", lambda *_: [])
+    schedule = load_schedule(path)
+    driver.prepare(schedule, [], [])
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert line.startswith(f"{path}: test: got nothing, so no step is scored")
+    chain = Chain.open(schedule)
+    chain.content["plans_name"] = "nnUNetPlans"
+    chain.save()
+    caplog.clear()
+    driver.prepare(schedule, [], [])
+    assert not caplog.records
