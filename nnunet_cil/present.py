@@ -50,6 +50,11 @@ def present_variants(
     return [variant for variants in by_seed for variant in variants]
 
 
+def has_begun(chain: Chain) -> bool:
+    """Whether a training of the chain was begun, or one of its models is scored."""
+    return any(True for _ in _files(chain, prepared=False))
+
+
 def _files(chain: Chain, prepared: bool) -> Iterator[tuple[Path, int | str | None]]:
     """Files that name a method and a seed: plans with their step, scores with None, as they name it themselves."""
     for step in (*chain.schedule.own_steps, JOINT):
