@@ -26,16 +26,28 @@ def gather_scores(chain: Chain, folders: Sequence[Path]) -> int:
         How many models' scores are new here.
 
     Raises:
-        FileNotFoundError: a folder has no ``chain.json``.
-        ValueError: nothing is prepared here, or scores are damaged, of another schedule, test set or tolerance, or
-            differ from those that are here. Nothing was copied then.
+        FileNotFoundError: a folder is not there, or has no ``chain.json``.
+        ValueError: the schedule has no test set, nothing is prepared here, or scores are damaged, of another schedule,
+            test set or tolerance, or differ from those that are here. Nothing was copied then.
     """
+    if not chain.schedule.test:
+        raise ValueError(
+            f"{chain.schedule.file}: test: got nothing, expected the test set of these scores. Take the schedule of "
+            "the machine that scored them."
+        )
     test_file = chain.folder / "test" / "test.json"
     if chain.content["plans_name"] is None or not test_file.is_file():
         raise ValueError(
             f"{chain.folder}: got no prepared chain with a test set, expected one to bring scores to. Run `nnunet-cil "
             f"prepare {chain.schedule.file}` first."
         )
+    for folder in folders:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: got no such folder, expected {chain.folder.name} of another machine.")
+        if not (folder / CHAIN_FILE).is_file():
+            raise FileNotFoundError(
+                f"{folder}: got a folder without {CHAIN_FILE}, expected {chain.folder.name} of another machine."
+            )
     expected = scored_as(chain)
     new: dict[Path, dict[str, Any]] = {}
     for folder in folders:

@@ -125,3 +125,25 @@ def test_without_a_prepared_chain_it_says_what_to_do(nnunet_folders, tmp_path):
     schedule = load_schedule(write_schedule(tmp_path / "s.yaml", source))
     with pytest.raises(ValueError, match=r"Run `nnunet-cil prepare .*s.yaml` first"):
         gather_scores(Chain.open(schedule), [tmp_path])
+
+
+def test_without_a_test_set_no_command_is_named_that_cannot_help(nnunet_folders, tmp_path):
+    source = write_tiny_dataset(tmp_path / "source", n_cases=2)
+    path = write_schedule(tmp_path / "s.yaml", source)
+    path.write_text("".join(line for line in path.open() if not line.startswith("test:")))
+    with pytest.raises(ValueError, match=r"s.yaml: test: got nothing, expected the test set of these scores") as caught:
+        gather_scores(Chain.open(load_schedule(path)), [tmp_path])
+    assert "prepare" not in str(caught.value)
+
+
+def test_a_mistyped_folder_is_named(chain, tmp_path):
+    score(chain, "pgcd", 0, 2, 0.8)
+    other = elsewhere(chain, tmp_path / "other")
+    wrong = tmp_path / "elswhere" / "chain_x"
+    with pytest.raises(FileNotFoundError) as caught:
+        gather_scores(chain, [other, wrong])
+    assert str(caught.value) == f"{wrong}: got no such folder, expected chain_tiny of another machine."
+    with pytest.raises(FileNotFoundError) as caught:
+        gather_scores(chain, [other, tmp_path])
+    assert str(caught.value) == f"{tmp_path}: got a folder without chain.json, expected chain_tiny of another machine."
+    assert not list(chain.folder.glob("predictions/*/*/scores.json"))
