@@ -402,3 +402,11 @@ def test_extend_writes_a_schedule_and_never_over_another(first, tmp_path, monkey
     assert main([*command, "--epochs", "3"]) == 1
     assert "not touched" in capsys.readouterr().err
     assert load_schedule(tmp_path / "extended.yaml").training.epochs == schedule.training.epochs
+
+
+@pytest.mark.parametrize(("given", "meant"), [("4=left_kidney", "left_kidney=4"), ("4", "NAME=4")])
+def test_exchanged_sides_of_a_class_are_refused(tmp_path, monkeypatch, capsys, given, meant):
+    monkeypatch.chdir(tmp_path)
+    assert main(["extend", str(tmp_path), "--with", "new", "--classes", "liver", given]) == 1
+    assert f"--classes: got {given}, expected NAME=LABEL: {meant}." in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -116,7 +116,14 @@ def _dataset(value: str) -> str | int:
 
 
 def _class(text: str) -> tuple[str | int, str]:
-    """Own label -> class, of ``NAME`` or ``NAME=LABEL``."""
+    """Own label -> class, of ``NAME`` or ``NAME=LABEL``.
+
+    Raises:
+        ValueError: NAME is a number, as where the two sides are exchanged.
+    """
     name, equals, label = text.partition("=")
+    if name.isdigit():
+        meant = f"{label or 'NAME'}={name}"
+        raise ValueError(f"--classes: got {text}, expected NAME=LABEL: {meant}.")
     own = label if equals else name
     return (int(own) if own.isdigit() else own), name
