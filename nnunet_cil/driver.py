@@ -106,6 +106,8 @@ def run(schedule: Schedule, methods: Sequence[str], seeds: Sequence[int | None],
     if launcher is not None:
         check_launcher(schedule, launcher)
     chain = Chain.open(schedule)
+    if launcher != "slurm":
+        _check_device(chain, _trainings(chain, variants_of(chain, methods, seeds)))
     with chain.locked():
         return _run(chain, methods, seeds) if launcher is None else _launch(chain, methods, seeds, launcher)
 
@@ -224,6 +226,7 @@ def work_on(
     """
     chain = Chain.open(load_schedule(file))
     variant = chain.variant(method, seed)
+    _check_device(chain, [(variant, step, fold)])
     _say_how(chain.schedule)
     _complete(chain, variants_of(chain, methods, seeds), variant, step, fold, _title(chain, variant, step, fold))
 
@@ -317,6 +320,7 @@ def evaluate(schedule: Schedule, methods: Sequence[str], seeds: Sequence[int | N
     todo = [entry for entry in _trainings(chain, variants) if chain.content["plans_name"] and chain.trained(*entry)]
     if not todo:
         raise ValueError(f"{chain.folder}: got no finished training, expected one. Start with `nnunet-cil run`.")
+    _check_device(chain, todo)
     with chain.locked():
         write_test_set(chain)
         for variant, step, fold in todo:
@@ -382,6 +386,23 @@ def device_of(schedule: Schedule) -> torch.device:
     if schedule.device != "auto":
         return torch.device(schedule.device)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _check_device(chain: Chain, trainings: Sequence[tuple[Variant, int | str, int | str]]) -> None:
+    """Refuse a device that is not there, where something is left to do on it.
+
+    Raises:
+        ValueError: PyTorch does not see the schedule's device.
+    """
+    schedule = chain.schedule
+    seen = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(schedule.device)
+    if seen is None or seen():
+        return
+    if chain.content["plans_name"] is None or not all(_is_done(chain, *training) for training in trainings):
+        raise ValueError(
+            f"{schedule.file}: device: got {schedule.device}, but PyTorch sees none here, expected a device that it "
+            "sees. Set auto or cpu, or install PyTorch for this device."
+        )
 
 
 def _prepared_variants(

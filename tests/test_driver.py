@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from nnunet_cil import driver
 from nnunet_cil.block import StepBlock
@@ -129,3 +130,40 @@ def test_progress_names_the_classes_of_its_dice(caplog, monkeypatch):
     assert first == "step 1: epoch 1 of 3"
     assert second == "step 1: epoch 2 of 3, about 2:00 min left; Dice on validation patches: liver 0.50"
     assert third == "step 1: epoch 3 of 3, about 1:00 min left; Dice on validation patches: no class is there"
+
+
+no_mps = pytest.mark.skipif(torch.backends.mps.is_available(), reason="the device is there")
+
+
+@pytest.mark.parametrize("device", ["cuda", pytest.param("mps", marks=no_mps)])
+def test_a_device_that_is_not_there_is_refused_before_anything_is_written(
+    nnunet_folders, tmp_path, monkeypatch, device
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    path = write_schedule(tmp_path / "s.yaml", write_tiny_dataset(tmp_path / "source", n_cases=2))
+    path.write_text(path.read_text().replace("device: cpu", f"device: {device}"))
+    schedule, message = load_schedule(path), f"s.yaml: device: got {device}, but PyTorch sees none here"
+    for launcher in (None, "local"):
+        with pytest.raises(ValueError, match=message):
+            driver.run(schedule, [], [], launcher)
+    assert not list(nnunet_folders["nnUNet_results"].iterdir())
+
+    def plan(chain: Chain, _) -> None:
+        chain.content["plans_name"] = "nnUNetPlans"
+        chain.save()
+
+    assert "nothing is prepared yet" in driver.status(schedule, [], [])
+    monkeypatch.setattr(driver, "prepare_chain", plan)
+    monkeypatch.setattr(driver, "check_launcher", lambda *_: None)
+    monkeypatch.setattr(driver, "launch", lambda *_: ["queued"])
+    assert len(driver.prepare(schedule, [], [])) == 2, "another machine may train it"
+    assert "waiting" in driver.run(schedule, [], [], "slurm")
+    with pytest.raises(ValueError, match=message):
+        driver.work_on(path, "pgcd", 0, 1, "all", (), ())
+    monkeypatch.setattr(Chain, "trained", lambda *_: True)
+    monkeypatch.setattr(driver, "is_scored", lambda *_: False)
+    with pytest.raises(ValueError, match=message):
+        driver.evaluate(schedule, [], [])
+    monkeypatch.setattr(driver, "_is_done", lambda *_: True)
+    monkeypatch.setattr(driver, "_run", lambda *_: "the table")
+    assert driver.run(schedule, [], []) == "the table", "nothing is left to do"
