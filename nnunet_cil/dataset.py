@@ -386,8 +386,12 @@ def check_sources(
         found = [scans[case.label] for case in cases[step]]
         where = f"{schedule.file}: steps[{step - 1}]"
         if not found:
+            n_dealt = sum(len(of_step) for step, of_step in cases.items() if step != JOINT)
             problems.append(
-                f"{where}: got no training case in {folder}, expected at least one that is not a test subject."
+                f"{where}: got no training case, as `images: disjoint` deals {n_dealt} training subjects to "
+                f"{len(schedule.steps)} steps, expected at least one a step. Set `images: shared`, or take fewer steps."
+                if n_dealt and schedule.source is not None and schedule.images == "disjoint"
+                else f"{where}: got no training case in {folder}, expected at least one that is not a test subject."
             )
         elif not any(scan.problem for scan in found):
             totals = sum((_voxels(case, scans) for case in cases[step]), Counter())

@@ -101,6 +101,9 @@ UNLABELLED = "a CSV with the columns case and class, or a JSON object of cases w
 MIN_STAGES = 3
 MAX_FILE_BYTES = 1_000_000
 MAX_ENTRIES = 100_000
+MAX_SHOWN = 100
+"""Characters of a value in a message."""
+MAX_SHOWN_DATASETS = 5
 _NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_-]{{0,{MAX_NAME_BYTES // 2 - 1}}}")
 
 
@@ -747,6 +750,9 @@ class _Reader:
             folder = self._path(key, value)
         if folder is None:
             return None
+        if not folder.is_dir():
+            self.problem(key, f"no folder {folder}", f"a raw dataset{self._raw_datasets()}")
+            return None
         missing = [name for name in ("dataset.json", "imagesTr", "labelsTr") if not (folder / name).exists()]
         labels = self._labels_of(key, folder) if "dataset.json" not in missing else None
         if missing and not (labels is not None and self._lists_files(folder) and "dataset.json" not in missing):
@@ -762,34 +768,54 @@ class _Reader:
         if _is_int(value):
             found = sorted(Path(root).glob(f"Dataset{value:03d}_*"))
             if len(found) != 1:
-                self.problem(key, f"{len(found)} datasets of number {value} in {root}", "exactly one")
+                known = "" if found else self._raw_datasets()
+                self.problem(key, f"{len(found)} datasets of number {value} in {root}", f"exactly one{known}")
                 return None
             return found[0].absolute()
         return (Path(root) / value).absolute()
+
+    @staticmethod
+    def _raw_datasets() -> str:
+        """Which datasets ``nnUNet_raw`` has, or some of them; nothing where it has none or is not set."""
+        root = os.environ.get("nnUNet_raw")  # noqa: SIM112  (nnU-Net's spelling)
+        found = sorted(path.name for path in Path(root).glob("Dataset[0-9][0-9][0-9]_*")) if root else []
+        more = len(found) - MAX_SHOWN_DATASETS
+        shown = ", ".join(found[:MAX_SHOWN_DATASETS]) + (f" and {more} more" if more > 0 else "")
+        return f"; nnUNet_raw has {shown}" if found else ""
 
     @staticmethod
     def _lists_files(folder: Path) -> bool:
         return "dataset" in json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
 
     def _labels_of(self, key: str, folder: Path) -> dict[str, int] | None:
+        path, n_problems = folder / "dataset.json", len(self.problems)
         try:
-            content = read_json(folder / "dataset.json", "nnU-Net's dataset.json")
-            labels = content["labels"]
-            check_regions(labels, str(folder / "dataset.json"))
-            values = {str(name): int(value) for name, value in labels.items()}
-            needed = {"channel_names", "file_ending"} - set(content)
-            if needed or values.get("background") != 0:
-                raise KeyError(f"{sorted(needed) or 'label background: 0'}")
-            _check_dataset_json(content)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-            if "region" in str(error):
-                self.problems.append(f"{self.path}: {key}: {error}")
-            else:
-                self.problem(key, f"{folder / 'dataset.json'} without {error}", "nnU-Net's dataset.json")
+            content = read_json(path, "nnU-Net's dataset.json")
+            labels = content.get("labels")
+            values = _values_of(labels)
+            if values is None and isinstance(labels, dict):
+                check_regions(labels, str(path))
+        except (OSError, ValueError) as error:
+            self.problems.append(f"{self.path}: {key}: {error}")
             return None
-        if len(set(values.values())) != len(values):
-            self.problem(key, f"{folder / 'dataset.json'} with a label value twice: {values}", "one value a label")
-        return values
+        if values is None:
+            self.problem(
+                f"{key}: {path}: labels",
+                _short(labels),
+                'name: number as in nnU-Net v2 ({"background": 0, "liver": 1})',
+            )
+        elif values.get("background") != 0:
+            self.problem(f"{key}: {path}: labels", _short(labels), "background: 0 among them")
+        elif len(set(values.values())) != len(values):
+            self.problem(key, f"{path} with a label value twice: {values}", "one value a label")
+        if missing := [name for name in ("channel_names", "file_ending") if name not in content]:
+            self.problem(key, f"{path} without {', '.join(missing)}", "nnU-Net's dataset.json")
+        else:
+            try:
+                _check_dataset_json(content)
+            except ValueError as error:
+                self.problem(key, f"{path} without {error}", "nnU-Net's dataset.json")
+        return values if len(self.problems) == n_problems else None
 
     def _model(self, value: Any) -> GivenModel | None:
         if value is None:
@@ -850,6 +876,9 @@ class _Reader:
         return tuple(steps)
 
     def _class_names(self, key: str, value: Any) -> list[str] | None:
+        if isinstance(value, list) and any(map(_is_int, value)):
+            self.problem(key, repr(value), "class names (text) such as liver, not label numbers")
+            return None
         if not isinstance(value, list) or not value or not all(isinstance(name, str) and name for name in value):
             self.problem(key, repr(value), "a list of at least one class name")
             return None
@@ -922,14 +951,18 @@ class _Reader:
         return {case: tuple(names[name] for name in of_case if name in names) for case, of_case in found.items()}
 
     def _file(self, key: str, value: Any, folder: Path | None, expected: str) -> Path | None:
-        """A file beside the schedule; if there is none, in the folder of a dataset."""
+        """A file beside the schedule; if there is none, in the folder of a dataset.
+
+        Nothing is said of one that may lie in the folder of a source of which another problem is known.
+        """
         path = self._path(key, value)
         if path is None:
             return None
         if not path.is_file() and folder is not None and (folder / value).is_file():
             path = folder / value
         if not path.is_file():
-            self.problem(key, f"no file {path}", expected)
+            if folder is not None or self.raw.get("source") is None:
+                self.problem(key, f"no file {path}", expected)
             return None
         return path
 
@@ -945,8 +978,12 @@ class _Reader:
     def _class_map(self, key: str, value: Any, folder: Path | None) -> dict[str, str | None] | None:
         if isinstance(value, dict) and folder is not None:  # own labels may be given by number
             labels = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["labels"]
-            names = {number: name for name, number in labels.items()}
-            value = {names.get(own, own) if _is_int(own) else own: name for own, name in value.items()}
+            names = {int(number): name for name, number in labels.items()}
+            if unknown := [own for own in value if _is_int(own) and own not in names]:
+                known = ", ".join(f"{number} {name}" for number, name in names.items() if name not in RESERVED)
+                self.problem(key, f"the label {', '.join(map(str, unknown))}", f"one of {known}")
+                return None
+            value = {names[own] if _is_int(own) else own: name for own, name in value.items()}
         if isinstance(value, list):
             names = self._class_names(key, value)
             if names is not None and len(set(names)) != len(names):
@@ -1046,7 +1083,8 @@ class _Reader:
         values = values or {"background": 0, **{name: value for value, name in enumerate(classes, 1)}}
         class_map = self._class_map("test: classes", entry["classes"], None) if "classes" in entry else None
         class_map = class_map or {name: name for name in values if name in classes}
-        if unknown := sorted(set(class_map) - set(values)):
+        is_known = source is not None or self.raw.get("source") is None
+        if is_known and (unknown := sorted(set(class_map) - set(values))):
             self.problem("test: classes", f"unknown labels {unknown}", f"some of {sorted(set(values) - set(RESERVED))}")
         self._check_targets(class_map, classes)
         if folders[0] is None or folders[1] is None:
@@ -1082,6 +1120,19 @@ def _cases_in(images: Path) -> set[str]:
     return {re.sub(r"_\d{4}\..*$", "", file.name) for file in files}
 
 
+def _values_of(labels: Any) -> dict[str, int] | None:
+    """The numbers of a dataset's labels by name; None where they are something else."""
+    try:
+        return {str(name): int(value) for name, value in labels.items()}
+    except (ValueError, TypeError, AttributeError, OverflowError):
+        return None
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 4]} ..."
+
+
 def _check_dataset_json(content: Mapping[str, Any]) -> None:
     """Refuse what no dataset of nnU-Net has beside its labels, and names of cases that lead out of its folders.
 
@@ -1100,8 +1151,9 @@ def _check_dataset_json(content: Mapping[str, Any]) -> None:
 
 
 def _is_listed_case(entry: Any) -> bool:
-    files = [*entry["images"], entry["label"]] if isinstance(entry, dict) and {"images", "label"} <= set(entry) else [0]
-    return all(isinstance(file, str) for file in files)
+    if not isinstance(entry, dict) or not isinstance(entry.get("images"), list):
+        return False
+    return all(isinstance(file, str) for file in [*entry["images"], entry.get("label")])
 
 
 def _is_int(value: Any) -> bool:

@@ -1024,7 +1024,9 @@ def test_step_whose_cases_are_all_for_test_is_refused(nnunet_folders, tmp_path):
 def test_more_disjoint_steps_than_cases_are_refused(source, nnunet_folders, tmp_path):
     write_json(tmp_path / "split.json", {"train": ["case_0"], "test": ["case_3"]})
     schedule = cut(source, tmp_path, test=f"test: {tmp_path}/split.json", images="disjoint")
-    assert re.search(r"steps\[1\]: got no training case", refusal(schedule, nnunet_folders))
+    shown = refusal(schedule, nnunet_folders)
+    assert "steps[1]: got no training case, as `images: disjoint` deals 1 training subjects to 2 steps" in shown
+    assert "Set `images: shared`, or take fewer steps." in shown
 
 
 def test_unknown_value_in_a_test_label_is_named_with_its_file(source, nnunet_folders, tmp_path):

@@ -408,7 +408,11 @@ BAD = {
     "empty step": ({**BASE, "steps": [["liver"], []]}, r"steps\[1\]: got \[\], expected a list of at least one"),
     "step of numbers": (
         {**BASE, "steps": [[1, 2]]},
-        r"steps\[0\]: got \[1, 2\], expected a list of at least one class",
+        r"steps\[0\]: got \[1, 2\], expected class names \(text\) such as liver, not label numbers",
+    ),
+    "label number of a step": (
+        {**OWN, "steps": [{"dataset": 1, "classes": {1: "liver", 9: "left_kidney"}}]},
+        r"steps\[0\]: classes: got the label 9, expected one of 1 liver, 2 spleen, 3 right_kidney, 4 left_kidney\.$",
     ),
     "unknown class": (
         {**BASE, "steps": [["livr"]]},
@@ -462,8 +466,15 @@ BAD = {
         {**BASE, "steps": [["liver"], {"dataset": 1, "classes": ["spleen"]}]},
         "with and without a dataset",
     ),
-    "missing source": ({**BASE, "source": "nowhere"}, "source: got .*nowhere without dataset.json, imagesTr, labelsTr"),
-    "missing number": ({**BASE, "source": 77}, "source: got 0 datasets of number 77 in .*, expected exactly one"),
+    "missing source": ({**BASE, "source": "nowhere"}, "source: got no folder .*nowhere, expected a raw dataset;"),
+    "missing name": (
+        {**BASE, "source": "Dataset001_Organ"},
+        "source: got no folder .*/Dataset001_Organ, expected a raw dataset; nnUNet_raw has Dataset001_Organs.$",
+    ),
+    "missing number": (
+        {**BASE, "source": 77},
+        "source: got 0 datasets of number 77 in .*, expected exactly one; nnUNet_raw has Dataset001_Organs.$",
+    ),
     "no home": ({**BASE, "source": "~nobody_of_that_name/x"}, "source: got .*nobody_of_that_name"),
     "too long a path": ({**BASE, "source": "x" * 5000}, "source: got .*expected a"),
     "missing split": ({**BASE, "test": "no.json"}, "test: got no file .*no.json"),
@@ -492,8 +503,42 @@ def test_bad_input(raw, tmp_path, case):
     assert not any(line.endswith("..") or "?." in line for line in lines), lines
 
 
-def test_a_source_that_is_not_there_is_told_once(raw, tmp_path):
-    assert only_problem(tmp_path, {**BASE, "source": "no", "test": ["s1"]}).startswith("source: got ")
+@pytest.mark.parametrize(
+    "test", [["s1"], "split.json", {"images": "raw", "labels": "raw", "classes": {"liver": "liver", "lung": None}}]
+)
+def test_a_source_that_is_not_there_is_told_once(raw, tmp_path, monkeypatch, test):
+    """A split file and labels that may be those of the source are no mistakes of their own."""
+    assert only_problem(tmp_path, {**BASE, "source": "no", "test": test}).startswith("source: got ")
+    monkeypatch.delenv("nnUNet_raw")
+    assert only_problem(tmp_path, {**BASE, "test": test}).startswith("source: got ")
+
+
+def test_some_of_many_datasets_are_named(raw, tmp_path):
+    for number in range(2, 9):
+        (raw / f"Dataset{number:03d}_M").mkdir()
+    shown = only_problem(tmp_path, {**BASE, "source": "no"})
+    assert shown.endswith(
+        "; nnUNet_raw has Dataset001_Organs, Dataset002_M, Dataset003_M, Dataset004_M, Dataset005_M and 3 more."
+    )
+
+
+def test_labels_of_the_first_version_of_nnunet_are_called_so(raw, tmp_path):
+    labels = {str(number): name for number, name in enumerate(("background", *ORGANS, *"abcdefghijkl"))}
+    path = raw / "Dataset001_Organs" / "dataset.json"
+    path.write_text(json.dumps({"labels": labels, "modality": {"0": "CT"}}))
+    first, second = (line.split(": source: ")[1] for line in problems(tmp_path, BASE))
+    assert first.startswith(f"{path}: labels: got {{'0': 'background', '1': 'liver', ")
+    assert first.endswith(' ..., expected name: number as in nnU-Net v2 ({"background": 0, "liver": 1}).')
+    assert second == f"got {path} without channel_names, file_ending, expected nnU-Net's dataset.json."
+
+
+def test_broken_json_is_told_in_one_sentence(raw, tmp_path):
+    path = raw / "Dataset001_Organs" / "dataset.json"
+    path.write_text('{"labels": ')
+    shown = only_problem(tmp_path, BASE)
+    assert shown.startswith(f"source: {path}: got no JSON that can be read (Expecting value")
+    assert shown.endswith("), expected nnU-Net's dataset.json.")
+    assert shown.count("expected") == 1
 
 
 def test_all_problems_at_once(raw, tmp_path):
@@ -536,7 +581,13 @@ def test_incomplete_dataset(raw, tmp_path, folder):
         ('{"labels": {"liver": 1}, "channel_names": {}, "file_ending": ".mha"}', "background"),
         (
             '{"labels": {"background": 0, "a": "x"}, "channel_names": {}, "file_ending": ".mha"}',
-            "nnU-Net's dataset.json",
+            "dataset.json: labels: got {'background': 0, 'a': 'x'}, expected name: number as in nnU-Net v2",
+        ),
+        ('{"labels": null, "channel_names": {}, "file_ending": ".mha"}', "labels: got None, expected name: number"),
+        (
+            '{"labels": {"background": 0, "a": 1}, "channel_names": {}, "file_ending": ".mha",'
+            ' "dataset": {"s1": {"images": 3, "label": "s1.mha"}}}',
+            "images and label of each case under dataset",
         ),
         ('{"labels": {"background": 0, "a": 1, "b": 1}, "channel_names": {}, "file_ending": ".mha"}', "value twice"),
         (
