@@ -6,6 +6,7 @@ Everything is taken from what lies on the disk, so it holds for whatever was tra
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
@@ -24,8 +25,8 @@ from nnunet_cil.step_files import STEP_FILE, read_step_file, write_json
 from nnunet_cil.teacher import PROTOTYPE_FILE
 
 NOT_SAFE = "NOT privacy-safe"
-TEXT_FILES = (".json", ".txt", ".log", ".csv", ".html", ".yaml", ".md")
-PREDICTION_FOLDERS = ("validation", "predicted_next_stage", "crossval_results")  # begin so, in a model's folder
+TEXT_FILES = (".json", ".txt", ".log", ".csv", ".html", ".yaml", ".md", ".out", ".err")
+PREDICTION_FOLDERS = ("validation", "predicted_next_stage", "crossval_results", "ensemble")  # begin so
 _FOLD = re.compile(r"fold_(all|\d+)")
 
 Inode = tuple[int, int]
@@ -117,9 +118,23 @@ def _results(chain: Chain, step: int | str) -> Path:
     return chain.paths["nnUNet_results"] / chain.dataset_name(step)
 
 
-def _files(folder: Path) -> tuple[Path, ...]:
-    """All files below a folder, sorted; links that lead nowhere too."""
-    return tuple(path for path in sorted(folder.rglob("*")) if path.is_file() or path.is_symlink())
+def _files(folder: Path, follow: bool = False) -> tuple[Path, ...]:
+    """All files below a folder, sorted; links that lead nowhere too.
+
+    Args:
+        follow: also those behind links to folders, as of a model that was moved to another disk.
+    """
+    found: set[Path] = set()
+    been: set[Path] = set()
+    for above, folders, files in os.walk(folder, followlinks=follow):
+        if (real := Path(above).resolve()) in been:  # a link that leads back
+            folders.clear()
+            continue
+        been.add(real)
+        found |= {Path(above, name) for name in files}
+        if not follow:
+            found |= {path for name in folders if (path := Path(above, name)).is_symlink()}
+    return tuple(sorted(found))
 
 
 def _case_names(chain: Chain, step: int | str) -> set[str]:
@@ -193,7 +208,7 @@ def _caches(chain: Chain, step: int | str) -> Iterator[Path]:
 
 def _predicted_masks(results: Path) -> Iterator[Path]:
     """Predictions of training cases that nnU-Net writes below a model; what else lies there is JSON, or one pickle."""
-    for path in _files(results):
+    for path in _files(results, follow=True):
         above = path.relative_to(results).parts[1:-1]
         predicted = any(part.startswith(PREDICTION_FOLDERS) for part in above)
         if predicted and path.suffix != ".json" and path.name != "postprocessing.pkl":
@@ -201,7 +216,7 @@ def _predicted_masks(results: Path) -> Iterator[Path]:
 
 
 def _kept(chain: Chain, step: int | str, data: Set[Path]) -> tuple[Holding, ...]:
-    files = [path for path in _files(_results(chain, step)) if path not in data]
+    files = [path for path in _files(_results(chain, step), follow=True) if path not in data]
     files += [path for path in sorted(chain.preprocessed(step).glob("*")) if path.is_file()]
     weights = tuple(path for path in files if path.suffix == ".pth")
     prototypes = tuple(path for path in files if path.name == PROTOTYPE_FILE)
@@ -266,13 +281,15 @@ def _files_with_names(
     for other, theirs in names.items():
         wanted = names[step] - (set() if other == step else theirs)
         places += [(folder, wanted) for folder in (_results(chain, other), chain.preprocessed(other))]
+    jobs = chain.folder / "jobs"  # submitit keeps there what a job raised, pickled
     test = chain.folder / "test" / "test.json"
     tested = set(json.loads(test.read_text(encoding="utf-8"))["cases"]) if test.is_file() else set()
     places.append((chain.folder, names[step] - tested))
     found = {}
     for folder, wanted in places:
-        for path in _files(folder) if wanted else ():
-            if path.suffix in TEXT_FILES and (named := _named(path.read_text("utf-8", "replace"), wanted)):
+        for path in _files(folder, follow=True) if wanted else ():
+            is_text = path.suffix in TEXT_FILES or path.parent == jobs
+            if is_text and (named := _named(path.read_text("utf-8", "replace"), wanted)):
                 found[path] = named
     return found
 

@@ -30,6 +30,7 @@ CARD_FILE = "model_card.json"
 STOCK_TRAINER = "nnUNetTrainer"
 CHECKPOINT = "checkpoint_final.pth"
 KEPT_OF_CHECKPOINT = ("network_weights", "inference_allowed_mirroring_axes")
+KEPT_OF_DATASET = ("channel_names", "labels", "numTraining", "file_ending", "overwrite_image_reader_writer")
 MAX_CARD_BYTES = 1_000_000
 
 
@@ -67,11 +68,12 @@ def export_model(
     shutil.rmtree(partial, ignore_errors=True)
     _, plans_name, configuration = source.name.split("__")
     plans = json.loads((source / "plans.json").read_text(encoding="utf-8"))
-    trainer = plans.get(BLOCK_KEY, {}).get("network_of") or STOCK_TRAINER
+    trainer = _network_of(chain, step, plans) or STOCK_TRAINER
     model = partial / chain.dataset_name(step) / f"{trainer}__{plans_name}__{configuration}"
     model.mkdir(parents=True)
     write_json(model / "plans.json", plans)
-    shutil.copyfile(source / "dataset.json", model / "dataset.json")
+    described = dataset_json_of(source)
+    write_json(model / "dataset.json", {key: described[key] for key in KEPT_OF_DATASET if key in described})
     if (fingerprint := source / "dataset_fingerprint.json").is_file():
         shutil.copyfile(fingerprint, model / fingerprint.name)
     for fold in folds:
@@ -88,6 +90,13 @@ def export_model(
     os.replace(packed, archive)
     os.replace(partial, target)
     return archive
+
+
+def _network_of(chain: Chain, step: int | str, plans: Mapping[str, Any]) -> str | None:
+    """The trainer that builds a model's network, if that is none of nnU-Net's own; a given model has its own plans."""
+    if step != JOINT and int(step) not in chain.schedule.own_steps:
+        return chain.content.get("network_of")
+    return plans.get(BLOCK_KEY, {}).get("network_of")
 
 
 def _export_fold(source: Path, target: Path, trainer: str, configuration: str) -> None:

@@ -273,6 +273,8 @@ def _model_folder(path: Path, names: Sequence[str]) -> tuple[str, str]:
     inner = sorted({name[: -len("plans.json")] for name in names if PurePosixPath(name).name == "plans.json"})
     if path.is_dir():
         inner = [each for each in inner if not each]
+    elif len(inner) > 1:  # nnUNetv2_export_model_to_zip -exp_cv_preds packs plans beside the predictions, too
+        inner = [each for each in inner if len(PurePosixPath(each).name.split("__")) == 3]
     if len(inner) != 1:
         raise ValueError(
             f"{path}: got {len(inner)} folders with a plans.json, expected one model: the folder "

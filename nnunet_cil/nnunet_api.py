@@ -323,7 +323,8 @@ def derive_case(
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Hard link a file, or copy it where the file system cannot."""
+    """Hard link a file, or copy it where the file system cannot; of a link, what it leads to."""
+    source = source.resolve()
     try:
         os.link(source, target)
     except OSError:

@@ -219,6 +219,41 @@ def test_forgotten_data_are_gone_and_all_else_stays(chain, capsys):
     forget(open_chain_again(chain), [1])  # again, with nothing left to do
 
 
+@pytest.mark.parametrize("moved", ["model", "fold", "validation"])
+def test_what_lies_on_another_disk_behind_a_link_is_seen_and_removed(chain, tmp_path, moved):
+    fold = fold_of(chain, 1)
+    folder = {"model": fold.parent, "fold": fold, "validation": fold / "validation"}[moved]
+    elsewhere = tmp_path / "disk" / folder.name
+    elsewhere.parent.mkdir()
+    shutil.move(folder, elsewhere)
+    folder.symlink_to(elsewhere, target_is_directory=True)
+    (elsewhere / "back").symlink_to(folder, target_is_directory=True)
+    first, _ = audit_chain(chain)
+    assert counts(first.data)["predicted masks"] == 1
+    assert any(path.name == "checkpoint_final.pth" for path in first.kept[0].files)
+    assert "lineage.json" in {path.name for path in first.ids}
+    forget(chain, [1])
+    assert not list(elsewhere.rglob("*.nii.gz"))
+
+
+def test_masks_of_nnunets_ensembles_are_data_too(chain):
+    folder = fold_of(chain, 1).parents[1] / "ensembles" / "ensemble___a__b__2d___a__b__3d_fullres___all"
+    folder.mkdir(parents=True)
+    for name in ("Müller_0.nii.gz", "plans.json", "postprocessing.pkl"):
+        (folder / name).write_bytes(b"{}")
+    assert counts(audit_chain(chain)[0].data)["predicted masks"] == 2
+    forget(chain, [1])
+    assert sorted(path.name for path in folder.iterdir()) == ["plans.json", "postprocessing.pkl"]
+
+
+@pytest.mark.parametrize("name", ["7_0_log.out", "7_0_log.err", "7_0_result.pkl"])
+def test_logs_of_jobs_that_name_a_case_are_shown(chain, name):
+    (chain.folder / "jobs").mkdir()
+    (chain.folder / "jobs" / name).write_bytes(b"\x80\x04 predicting " + "Müller_2".encode())
+    (first, _) = audit_chain(chain)
+    assert first.ids[chain.folder / "jobs" / name] == ("Müller_2",)
+
+
 def open_chain_again(chain: Chain) -> Chain:
     return Chain.open(load_schedule(chain.schedule.file))
 
@@ -291,7 +326,7 @@ def test_a_source_that_is_gone_while_the_chain_has_its_data_is_told(chain):
     with pytest.raises(ValueError, match=r"step 1: got a dataset that is gone, .*--forget 1"):
         driver.prepare(schedule, [], [])
     shutil.rmtree(chain.folder / "sources")
-    with pytest.raises(ScheduleError, match=r"old without dataset\.json"):
+    with pytest.raises(ScheduleError, match=r"got no folder .*old, expected a raw dataset"):
         load_schedule(chain.schedule.file)
 
 
@@ -303,7 +338,7 @@ def test_what_is_kept_of_a_source_is_that_of_its_step_behind_a_given_model_too(n
     kept = {"channel_names": {"0": "MR"}, "file_ending": ".nii.gz", "labels": labels, "dataset": {}}
     sources = nnunet_folders["nnUNet_results"] / "chain_longer" / "sources"
     write_json(sources / "step1" / "dataset.json", kept)
-    with pytest.raises(ScheduleError, match=r"new without dataset\.json"):
+    with pytest.raises(ScheduleError, match=r"got no folder .*new, expected a raw dataset"):
         load_schedule(path)
     write_json(sources / "step2" / "dataset.json", kept)
     schedule = load_schedule(path)

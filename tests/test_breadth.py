@@ -247,13 +247,19 @@ def test_a_given_model_of_any_kind_is_extended(planned, machine, case):
     check_first_step(trainer)
 
 
-def test_a_network_of_its_own_goes_through_training_export_and_the_next_extension(planned, machine):
-    chain = opened(machine, write_given(machine, planned, trainer="nnUNetTrainerBN"))
+def test_a_network_of_its_own_goes_through_training_export_and_the_next_extension(planned, machine, capsys):
+    theirs = {"dataset": {"theirs_0": {"images": ["/their/folder/theirs_0.nii.gz"]}}}
+    chain = opened(machine, write_given(machine, planned, trainer="nnUNetTrainerBN", **theirs))
     train(chain, 2)
     variant = chain.variant("pgcd", 0)
     store = chain.model_folder(variant, 2) / "fold_all" / "prototypes.npz"
     assert store.is_file()
-    archive = export_model(chain, variant, 2, ["all"], machine / "out", None)
+    assert main(["export", str(chain.schedule.file), str(machine / "out")]) == 0
+    assert "-tr nnUNetTrainerBN" in capsys.readouterr().out
+    archive = machine / "out.zip"
+    first = export_model(chain, chain.first_step(0), 1, ["all"], machine / "first", None)
+    assert read_model(first).name == "nnUNetTrainerBN__nnUNetPlans__3d_fullres", "the given model, as it was"
+    assert "theirs" not in next((machine / "first").rglob("dataset.json")).read_text(encoding="utf-8")
     assert read_model(archive).name == "nnUNetTrainerBN__nnUNetPlans__3d_fullres"
     for folder in (next((machine / "out").rglob("nnUNetTrainerBN__*")), chain.model_folder(variant, 2)):
         assert inherited_from(folder, "all")["network_of"] == "nnUNetTrainerBN"

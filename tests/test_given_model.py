@@ -54,6 +54,18 @@ def packed(folder: Path, inside: str = "Dataset001_X/") -> Path:
     return path
 
 
+def test_a_zip_with_crossval_predictions_is_read(tmp_path):
+    folder = write_model(tmp_path / "a" / MODEL, folds=(0, 1))
+    predictions = (
+        folder / "crossval_results_folds_0_1"
+    )  # with -exp_cv_preds nnU-Net packs these, with plans of their own
+    predictions.mkdir()
+    for name in ("plans.json", "dataset.json"):
+        shutil.copyfile(folder / name, predictions / name)
+    model = read_model(packed(folder))
+    assert (model.name, model.folds) == (MODEL, (0, 1))
+
+
 @pytest.mark.parametrize("as_zip", [False, True])
 def test_a_model_is_read_and_installed(tmp_path, as_zip):
     folder = write_model(tmp_path / "a" / MODEL, folds=(0, 3))

@@ -82,6 +82,17 @@ def test_logits_of_the_windows_are_float32_and_hold_no_larger_map(dtype):
     assert window._predictor.network.training, "as it was"
 
 
+def test_of_a_link_what_it_leads_to_is_linked(tmp_path):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "image").write_bytes(b"voxels")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "image").symlink_to("../store/image")  # relative, as of git-annex
+    (tmp_path / "ours" / "deep").mkdir(parents=True)
+    nnunet_api.link_or_copy(tmp_path / "theirs" / "image", tmp_path / "ours" / "deep" / "image")
+    assert not (tmp_path / "ours" / "deep" / "image").is_symlink()
+    assert (tmp_path / "ours" / "deep" / "image").read_bytes() == b"voxels"
+
+
 @pytest.mark.parametrize("fold", ["all", 1, 2, 4])
 def test_the_cases_of_a_fold_are_those_that_nnunet_trains_on(tmp_path, monkeypatch, fold):
     cases = [f"case_{number}" for number in range(7)]

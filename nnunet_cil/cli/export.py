@@ -26,7 +26,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand; returns the exit status."""
     from nnunet_cil.chain import JOINT, Chain
-    from nnunet_cil.export import export_model
+    from nnunet_cil.export import STOCK_TRAINER, export_model
     from nnunet_cil.schedule import load_schedule
 
     chain = Chain.open(load_schedule(args.schedule))
@@ -42,6 +42,9 @@ def run(args: argparse.Namespace) -> int:
     owner = chain.first_step(variant.seed) if step == 1 else variant
     options = f"-d {chain.dataset_name(step)} -c {chain.schedule.configuration} -p {chain.plans_name(owner)}"
     options += f" -f {' '.join(map(str, chain.schedule.folds))}"
+    (model,) = (args.target / chain.dataset_name(step)).iterdir()
+    if (trainer := model.name.split("__")[0]) != STOCK_TRAINER:
+        options += f" -tr {trainer}"
     print(f"To predict with it:\n  nnUNetv2_install_pretrained_model_from_zip {archive.name}")
     print(f"  nnUNetv2_predict -i IMAGES -o SEGMENTATIONS {options}")
     return 0
