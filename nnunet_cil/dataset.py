@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 SPACING_TOLERANCE = 1e-3
 DIRECTION_TOLERANCE = 0.5  # of direction cosines: another order or sign of the axes, no rounding
 FILES_FILE = "files.json"
+WITH_DIRECTIONS = (".nii.gz", ".nii", ".nrrd", ".mha")  # file types that say where the axes lead
 SHOWN_CASES = 5  # in a warning
 INTENSITY_SAMPLES = 10**8  # in all of step 1, as nnU-Net takes them
 INTENSITY_SAMPLES_LATER = 10**4  # in each case of a later step: nothing is planned from these
@@ -223,6 +224,7 @@ class Scan:
         crop: None if there is a problem.
         intensities: of the foreground of each step that has this case, by channel.
         digest: of a test subject, see `_scan_test`.
+        axes: where the three axes of the voxels lead, such as ``LPS``; "" where the file does not say it.
     """
 
     counts: Mapping[int, int] = field(default_factory=dict)
@@ -230,6 +232,7 @@ class Scan:
     crop: nnunet_api.Crop | None = None
     intensities: Mapping[int | str, Sequence[np.ndarray]] = field(default_factory=dict)
     digest: str = ""
+    axes: str = ""
 
 
 def _read(case: Case, dataset_json: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, tuple[float, ...]]:
@@ -293,7 +296,7 @@ def _scan(case: Case, dataset_json: dict[str, Any], wanted: Mapping[int | str, t
         step: nnunet_api.foreground_intensities(images, apply_remap(seg, {-1: 0, **table}), n_samples)
         for step, (table, n_samples) in wanted.items()
     }
-    return Scan(found, None, crop, intensities)
+    return Scan(found, None, crop, intensities, axes=_axes(case))
 
 
 def _scan_test(case: Case, dataset_json: dict[str, Any]) -> Scan:
@@ -308,7 +311,7 @@ def _scan_test(case: Case, dataset_json: dict[str, Any]) -> Scan:
     digest = hashlib.sha256(repr((images.shape, [round(float(each), 6) for each in spacing])).encode())
     digest.update(np.ascontiguousarray(images, np.float32))
     digest.update(np.ascontiguousarray(apply_remap(seg, case.table), np.int16))
-    return Scan(digest=digest.hexdigest())
+    return Scan(digest=digest.hexdigest(), axes=_axes(case))
 
 
 def scan_test_set(schedule: Schedule) -> dict[str, Scan]:
@@ -319,6 +322,41 @@ def scan_test_set(schedule: Schedule) -> dict[str, Scan]:
     n_bytes = bytes_of([path for _, case in cases.values() for path in case.images])
     todo = [(case, own) for _, case in cases.values()]
     return dict(zip(cases, over_cases(_scan_test, todo, n_bytes, "checking the test subjects"), strict=True))
+
+
+def _axes(case: Case) -> str:
+    if not case.label.name.endswith(WITH_DIRECTIONS):
+        return ""
+    direction = _header(case.label).GetDirection()
+    return SimpleITK.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(direction) if len(direction) == 9 else ""
+
+
+def warn_of_axes(schedule: Schedule, scans: Mapping[Path, Scan], tested: Mapping[str, Scan]) -> None:
+    """Warn of images that are stored along different axes: to a network, some of them are mirrored or turned.
+
+    Nothing is said where the reader of the plans turns all images the same way.
+    """
+    if schedule.model is not None:
+        reader = schedule.model.plans.get("image_reader_writer")
+    elif schedule.base_plans is not None:
+        reader = read_json(schedule.base_plans, "a plans.json of nnU-Net").get("image_reader_writer")
+    else:
+        reader = dataset_json_of(first_source(schedule)).get("overwrite_image_reader_writer")
+    if "Reorient" in str(reader):
+        return
+    found: dict[str, list[str]] = {}
+    for name, scan in (*((path.name, scan) for path, scan in scans.items()), *tested.items()):
+        if scan.axes:
+            found.setdefault(scan.axes, []).append(name)
+    if len(found) > 1:
+        shown = "; ".join(f"{len(of)} along {axes}: {_shown(of)}" for axes, of in found.items())
+        logger.warning(
+            "%s: got images that are stored along different axes, expected the same for all: %s. nnU-Net takes voxels "
+            "in the order of the file, so left and right, or head and feet, change places between them. Give "
+            '"overwrite_image_reader_writer": "NibabelIOWithReorient" in each dataset.json, or store all in one way.',
+            schedule.file,
+            shown,
+        )
 
 
 def _problems(scans: Iterable[Scan]) -> list[str]:
@@ -338,15 +376,17 @@ def _hides_not_finite(path: Path) -> bool:
     return image.get_data_dtype().kind == "f" and not np.isfinite(image.dataobj.get_unscaled()).all()
 
 
+def _header(path: Path) -> SimpleITK.ImageFileReader:
+    reader = SimpleITK.ImageFileReader()
+    reader.SetFileName(str(path))
+    reader.ReadImageInformation()
+    return reader
+
+
 def _grid_difference(images: Sequence[Path], label: Path) -> str:
-    if not label.name.endswith((".nii.gz", ".nii", ".nrrd", ".mha")):
+    if not label.name.endswith(WITH_DIRECTIONS):
         return ""
-    headers = []
-    for path in (label, *images):
-        reader = SimpleITK.ImageFileReader()
-        reader.SetFileName(str(path))
-        reader.ReadImageInformation()
-        headers.append((reader.GetSize(), reader.GetSpacing(), reader.GetDirection()))
+    headers = [(h.GetSize(), h.GetSpacing(), h.GetDirection()) for h in map(_header, (label, *images))]
     for path, (size, spacing, direction) in zip(images, headers[1:], strict=True):
         if size != headers[0][0]:
             return f"got size {headers[0][0]}, expected {size} as {path.name}."
@@ -716,6 +756,7 @@ def prepare_chain(chain: Chain, variants: Sequence[Variant]) -> None:
             logger.info("joint keeps the scans and labels of all steps, which is not privacy-safe")
         scans = check_sources(schedule, cases, tested)
         tell_of_labels(schedule, cases, scans)
+        warn_of_axes(schedule, scans, tested)
         chain.claim_numbers()
         _install_model(chain)
         write_test_set(chain, tested)

@@ -903,6 +903,42 @@ def test_test_subjects_that_do_not_fit_are_named_with_the_rest(source, nnunet_fo
     assert len(re.findall(r"^  \S", found, re.MULTILINE)) == 2
 
 
+def stored_along(folder: Path, case: str, axes: str) -> None:
+    for path in (folder / "imagesTr" / f"{case}_0000.nii.gz", folder / "labelsTr" / f"{case}.nii.gz"):
+        SimpleITK.WriteImage(SimpleITK.DICOMOrient(SimpleITK.ReadImage(str(path)), axes), str(path))
+
+
+def voxels_of_preprocessed(chain: Chain, case: str) -> np.ndarray:
+    return np.asarray(nnunet_api.preprocessed_dataset(chain.preprocessed(1) / IDENTIFIER).load_case(case)[0][:])
+
+
+@pytest.mark.parametrize("of_test", [False, True])
+def test_images_along_different_axes_are_warned_of(source, nnunet_folders, tmp_path, caplog, of_test):
+    folder = copied(source, tmp_path)
+    stored_along(folder, "case_3" if of_test else "case_1", "RPS")
+    chain = Chain.open(load_schedule(write_schedule(tmp_path / "schedule.yaml", folder)))
+    prepare_chain(chain, [chain.variant("pgcd", 0)])
+    (warning,) = [message for message in caplog.messages if "along different axes" in message]
+    other = "1 along RPS: " + ("case_3" if of_test else "case_1.nii.gz")
+    assert "3 along LPS: case_" in warning
+    assert other in warning
+
+
+def test_a_reader_that_turns_images_makes_their_axes_of_no_account(source, nnunet_folders, tmp_path, caplog):
+    folder = copied(source, tmp_path)
+    described = read_json(folder / "dataset.json")
+    write_json(folder / "dataset.json", {**described, "overwrite_image_reader_writer": "NibabelIOWithReorient"})
+    chain = Chain.open(load_schedule(write_schedule(tmp_path / "schedule.yaml", folder)))
+    prepare_chain(chain, [chain.variant("pgcd", 0)])
+    before = [voxels_of_preprocessed(chain, case) for case in ("case_0", "case_1")]
+    stored_along(folder, "case_1", "RPS")
+    again = Chain.open(load_schedule(write_schedule(tmp_path / "again.yaml", folder, name="again")))
+    prepare_chain(again, [again.variant("pgcd", 0)])
+    assert not any("along different axes" in message for message in caplog.messages)
+    for case, expected in zip(("case_0", "case_1"), before, strict=True):
+        np.testing.assert_allclose(voxels_of_preprocessed(again, case), expected, atol=1e-4)
+
+
 def test_a_damaged_test_set_of_a_chain_that_is_prepared_is_refused_too(source, nnunet_folders, tmp_path):
     folder, chain = copied_and_tested(source, tmp_path)
     unknown = folder / "labelsTr" / "case_3.nii.gz"

@@ -138,6 +138,8 @@ def _describe(found: PublicSet, folder: Path, partial: Path) -> Converted:
         "labels": dict(found.labels),
         "numTraining": len(names),
         "file_ending": ENDING,
+        # scans of one set, and of two that are trained and tested on, may be stored along other axes
+        "overwrite_image_reader_writer": "NibabelIOWithReorient",
         "reference": found.reference,
         "licence": found.terms,
         "description": "Converted by nnunet-cil convert; split.json says which of the cases are for test.",
