@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -153,3 +154,5 @@ def _begin(level: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("nnunet_cil").setLevel(level)
+    if level > logging.DEBUG:
+        warnings.simplefilter("ignore", FutureWarning)  # as in the command itself
