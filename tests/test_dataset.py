@@ -669,7 +669,7 @@ def test_a_test_subject_that_holds_the_same_stays_and_with_it_its_scores(source,
 def test_test_images_of_another_kind_are_warned_of(source, nnunet_folders, tmp_path, caplog):
     other = write_tiny_dataset(tmp_path / "other", n_cases=1, channel="CT")
     write_test_set(Chain.open(cut(source, tmp_path, test=f"test: {{dataset: {other}}}")))
-    (warning,) = caplog.messages
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert warning.startswith(f"{other}/dataset.json: channel_names: got {{'0': 'CT'}}, expected {{'0': 'MR'}}")
 
 

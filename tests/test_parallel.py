@@ -117,9 +117,9 @@ def say_and_give_pid(line: str) -> int:
     return os.getpid()
 
 
-def test_a_process_of_its_own_gives_result_and_lines(capfd):
-    logging.getLogger("nnunet_cil").setLevel(logging.INFO)
-    assert in_own_process(say_and_give_pid, "half of it is done") != os.getpid()
+def test_a_process_of_its_own_gives_result_and_lines(capfd, caplog):
+    with caplog.at_level(logging.INFO, "nnunet_cil"):
+        assert in_own_process(say_and_give_pid, "half of it is done") != os.getpid()
     assert capfd.readouterr().err == "half of it is done\n"
     assert active_children() == []
 
