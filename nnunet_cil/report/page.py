@@ -443,26 +443,32 @@ def _paired_table(found: Collected) -> str:
     lines, notes = [], []
     for method, groups in found.paired.get("dice", {}).items():
         for group, entry in groups.items():
-            low, high, p = (math.nan if entry[key] is None else entry[key] for key in ("low", "high", "p_value"))
+            p = math.nan if entry["p_value"] is None else entry["p_value"]
             mean = math.nan if entry["mean"] is None else entry["mean"]
-            interval = "n/a" if math.isnan(low) else f"{_hundred(low, sign='+')} to {_hundred(high, sign='+')}"
+            intervals = [_interval(entry["low"], entry["high"]), _interval(entry["wide_low"], entry["wide_high"])]
             p_text = "n/a" if math.isnan(p) else "&lt; 0.001" if p < 0.001 else f"{p:.3f}"
             name = f"{method_name(method, found.methods)}, {words.get(group, group)}"
             seeds = labelled_by_seed(entry["by_seed"], lambda value: _hundred(value, sign="+"))
-            lines.append([name, _hundred(mean, sign="+"), interval, p_text, str(entry["n_subjects"]), seeds])
+            lines.append([name, _hundred(mean, sign="+"), *intervals, p_text, str(entry["n_subjects"]), seeds])
             if entry["note"]:
                 notes.append(f"{marked(method)}, {words.get(group, group)}: {entry['note']}.")
     if not lines:
         return ""
     note = (
         f"Points of Dice more (+) or less (-) than {reference} after the last step, subject by subject. An interval "
-        "that holds 0 can be chance; with few subjects it is too narrow (six: true in 88 of 100). p: Wilcoxon "
-        "signed-rank test, not corrected for the number of comparisons. Both are over subjects; how "
-        "much trainings differ among themselves shows in the differences by seed."
+        "that holds 0 can be chance. Other subjects: what these trainings would differ by on other subjects; with few "
+        "it is too narrow (six: true in 88 of 100). Other subjects and trainings: what other seeds would "
+        "differ by there, which takes several seeds to tell. p: Wilcoxon signed-rank test over subjects, not corrected "
+        "for the number of comparisons."
     )
-    header = ["method", "difference", "95 % interval", "p", "subjects", "by seed"]
+    intervals = ["95 % interval, other subjects", "95 % interval, other subjects and trainings"]
+    header = ["method", "difference", *intervals, "p", "subjects", "by seed"]
     content = table(f"Difference to {reference}", header, lines) + paragraph(note, "quiet") + missing(notes)
     return details(f"Is the difference to {reference} more than chance?", content)
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    return "n/a" if low is None or high is None else f"{_hundred(low, sign='+')} to {_hundred(high, sign='+')}"
 
 
 def _surface_table(found: Collected) -> str:

@@ -34,8 +34,10 @@ class PairedDifference:
         n_subjects: test subjects with a pair.
         n_seeds: seeds with a pair.
         note: why something is missing or has no width, and what is left out; empty if all is there.
-        by_seed: mean over the subjects of each seed with a pair. Interval and test know nothing of how much these
-            differ.
+        by_seed: mean over the subjects of each seed with a pair. ``low``, ``high`` and ``p_value`` know nothing of how
+            much these differ.
+        wide_low, wide_high: 95 % interval of the mean over other subjects and other trainings; NaN with one seed, below
+            3 subjects, or where a seed lacks a subject.
     """
 
     mean: float
@@ -46,6 +48,8 @@ class PairedDifference:
     n_seeds: int
     note: str = ""
     by_seed: Mapping[int | None, float] = field(default_factory=dict)
+    wide_low: float = math.nan
+    wide_high: float = math.nan
 
 
 def paired_difference(method: BySubject, reference: BySubject, classes: Sequence[str]) -> PairedDifference:
@@ -56,6 +60,9 @@ def paired_difference(method: BySubject, reference: BySubject, classes: Sequence
     first, as several models on one subject are no independent subjects. The interval is scipy's BCa bootstrap over
     subjects (Efron 1987), seeded. With few subjects it is narrow: in simulations with normal differences it held the
     true mean 88 times in 100 with 6 subjects, 89 with 8 and 94 with 20.
+
+    That says what other subjects would do to these trainings. What other trainings would do, too, says the interval of
+    `_over_subjects_and_trainings`, which is there with two seeds or more.
 
     Args:
         method, reference: scores of any one unit; None and NaN are absent.
@@ -77,20 +84,22 @@ def paired_difference(method: BySubject, reference: BySubject, classes: Sequence
             differences = [a - b for a, b in pairs if a is not None and b is not None]
             if differences:
                 folds[subject, seed].append(float(np.mean(differences)))
-    by_subject: dict[str, list[float]] = defaultdict(list)
+    by_subject: dict[str, dict[int | None, float]] = defaultdict(dict)
     by_seed: dict[int | None, list[float]] = defaultdict(list)
     for (subject, seed), differences in folds.items():
-        by_subject[subject].append(float(np.mean(differences)))
-        by_seed[seed].append(by_subject[subject][-1])
+        by_subject[subject][seed] = float(np.mean(differences))
+        by_seed[seed].append(by_subject[subject][seed])
     # rounded, so that differences which are equal but for floating point are ties
-    values = np.round([np.mean(by_subject[subject]) for subject in sorted(by_subject)], DECIMALS)
+    values = np.round([np.mean(list(by_subject[subject].values())) for subject in sorted(by_subject)], DECIMALS)
     each = {seed: float(np.mean(differences)) for seed, differences in by_seed.items()}
     note, low, high, p_value = _tested(values)
     if one_sided:
         left_out = f"{one_sided} left out, where one of the two invented an organ that is absent and the other did not"
         note = f"{note}; {left_out}" if note else left_out
     mean = float(values.mean()) if values.size else math.nan
-    return PairedDifference(mean, low, high, p_value, len(values), len(by_seed), note, each)
+    crossed = [[by_subject[subject].get(seed, math.nan) for seed in by_seed] for subject in sorted(by_subject)]
+    wide = _over_subjects_and_trainings(np.round(crossed, DECIMALS))
+    return PairedDifference(mean, low, high, p_value, len(values), len(by_seed), note, each, *wide)
 
 
 def _known(value: float | None) -> float | None:
@@ -109,6 +118,31 @@ def _tested(values: np.ndarray) -> tuple[str, float, float, float]:
         return "all subjects differ equally: no width", float(values.mean()), float(values.mean()), p_value
     interval = stats.bootstrap((values,), np.mean, method="BCa", rng=np.random.default_rng(0)).confidence_interval
     return "", float(interval.low), float(interval.high), p_value
+
+
+def _over_subjects_and_trainings(differences: np.ndarray) -> tuple[float, float]:
+    """95 % interval of the mean of (S, T) differences, of which both the subjects and the trainings are samples.
+
+    Readers' studies have the same shape, with readers in the place of trainings: two crossed random effects, their mean
+    squares, and the degrees of freedom of Hillis, Statistics in Medicine 26, 2007, for methods compared in pairs. In
+    simulations with normal effects it held the true mean 87 to 96 times in 100 with 6 to 25 subjects and 2 to 5
+    trainings. NaN where it does not exist.
+    """
+    if len(differences) < MIN_SUBJECTS or differences.shape[1] < 2 or np.isnan(differences).any():
+        return math.nan, math.nan
+    n_subjects, n_trainings = differences.shape
+    mean, by_subject, by_training = (differences.mean(axis, keepdims=True) for axis in (None, 1, 0))
+    rest = differences - by_subject - by_training + mean
+    of_subjects = n_trainings * np.sum((by_subject - mean) ** 2) / (n_subjects - 1)
+    of_trainings = n_subjects * np.sum((by_training - mean) ** 2) / (n_trainings - 1)
+    of_rest = np.sum(rest**2) / ((n_subjects - 1) * (n_trainings - 1))
+    total = of_trainings + max(of_subjects - of_rest, 0.0)
+    if of_trainings == 0:  # infinitely many degrees of freedom
+        quantile = stats.norm.ppf(0.975)
+    else:
+        quantile = stats.t.ppf(0.975, (n_trainings - 1) * (total / of_trainings) ** 2)
+    half = float(quantile * math.sqrt(total / differences.size))
+    return mean.item() - half, mean.item() + half
 
 
 def paired_differences(
@@ -159,25 +193,31 @@ def paired_table(
     several = any(found.n_seeds > 1 for groups in differences.values() for found in groups.values())
     for method, groups in differences.items():
         for group, found in groups.items():
-            interval = f"[{_points(found.low)}, {_points(found.high)}]" if math.isfinite(found.low) else "n/a"
+            interval = _interval(found.low, found.high)
             numbers = [_points(found.mean), interval, _p(found.p_value), str(found.n_subjects), str(found.n_seeds)]
-            seeds = [labelled_by_seed(found.by_seed, _points)] if several else []
+            wide = _interval(found.wide_low, found.wide_high)
+            seeds = [wide, labelled_by_seed(found.by_seed, _points)] if several else []
             lines.append([marked(method), group, *numbers, *seeds])
             if found.note:
                 notes.append(f"{marked(method)}, {group}: {found.note}.")
     if len(lines) == 1:
         return ""
-    lines[0] += ["by seed"] if several else []
-    title = (
-        f"{score_name} after the last step, difference to {marked(reference)} in points, paired by test subject\n"
-        "(interval: bootstrap over subjects; p: Wilcoxon signed-rank, not corrected for the number of comparisons)"
-    )
-    return "\n".join([title, *aligned(lines, header=1), *notes]) + "\n"
+    lines[0] += ["over trainings", "by seed"] if several else []
+    title = [
+        f"{score_name} after the last step, difference to {marked(reference)} in points, paired by test subject",
+        "(interval: bootstrap over subjects; p: Wilcoxon signed-rank, not corrected for the number of comparisons)",
+    ]
+    title += ["(over trainings: 95 % interval over other subjects and other trainings)"] if several else []
+    return "\n".join([*title, *aligned(lines, header=1), *notes]) + "\n"
 
 
 def labelled_by_seed(values: Mapping[int | None, float], to_text: Callable[[float], str]) -> str:
     """As ``0: +1.0, 1: -2.0``; a training without a seed has no label."""
     return ", ".join(to_text(value) if seed is None else f"{seed}: {to_text(value)}" for seed, value in values.items())
+
+
+def _interval(low: float, high: float) -> str:
+    return "n/a" if math.isnan(low) else f"[{_points(low)}, {_points(high)}]"
 
 
 def _points(value: float) -> str:

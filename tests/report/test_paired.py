@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from nnunet_cil.report.paired import paired_difference, paired_differences, paired_table
 
@@ -169,11 +170,64 @@ def test_several_seeds_are_shown_one_by_one():
         "lwf": {A: one_class(0.4, 0.4, 0.4)},
     }
     assert paired_difference(scores["mib"], scores["pgcd"], ["a"]).by_seed == pytest.approx({0: 0.3, 1: -0.3})
-    header, _, *lines = paired_table(scores, "pgcd", ["a"], [1]).splitlines()[2:8]
-    assert header.split()[-3:] == ["seeds", "by", "seed"]
+    told, header, _, *lines = paired_table(scores, "pgcd", ["a"], [1]).splitlines()[2:9]
+    assert told == "(over trainings: 95 % interval over other subjects and other trainings)"
+    assert header.split()[-5:] == ["seeds", "over", "trainings", "by", "seed"]
     assert [line.split()[0] for line in lines] == ["mib", "mib", "lwf", "lwf"]
-    assert lines[0].split()[-5:] == ["2", "0:", "+30.0,", "1:", "-30.0"]
-    assert lines[2].split()[-3:] == ["1", "0:", "-10.0"]
+    assert lines[0].split()[-4:] == ["0:", "+30.0,", "1:", "-30.0"]
+    assert lines[2].split()[-4:] == ["1", "n/a", "0:", "-10.0"]
+
+
+def crossed(differences):
+    """Scores of (S, T) differences to `zeros`, a seed each column."""
+    return {(seed, "all"): one_class(*column) for seed, column in enumerate(np.transpose(differences))}
+
+
+def zeros(n_subjects, n_seeds):
+    return crossed(np.zeros((n_subjects, n_seeds)))
+
+
+def test_interval_over_trainings_by_hand():
+    """Where subjects and seeds only add, nothing is left over: the variances of both means add up."""
+    of_subjects, of_seeds = np.array([0.0, 0.1, 0.5]), np.array([0.2, 0.4])
+    found = paired_difference(crossed(of_subjects[:, None] + of_seeds), zeros(3, 2), ["a"])
+    variances = np.var(of_subjects, ddof=1) / 3, np.var(of_seeds, ddof=1) / 2
+    freedom = (sum(variances) / variances[1]) ** 2
+    half = stats.t.ppf(0.975, freedom) * math.sqrt(sum(variances))
+    assert (found.wide_low, found.wide_high) == pytest.approx((0.5 - half, 0.5 + half))
+
+
+def test_other_trainings_widen_the_interval_and_subjects_alone_do_not():
+    """Three subjects, three seeds; the mean square of the rest is more than that of subjects, which counts as none."""
+    rest = 0.01 * np.array([[1, -1, 0], [-1, 0, 1], [0, 1, -1]])
+    found = paired_difference(crossed(rest + np.array([-0.3, 0.0, 0.3])), zeros(3, 3), ["a"])
+    half = stats.t.ppf(0.975, 2) * 0.3 / math.sqrt(3)
+    assert (found.wide_low, found.wide_high) == pytest.approx((-half, half))
+    assert found.low == found.high == pytest.approx(0), "each subject has the same mean over seeds"
+    same = paired_difference(crossed(np.full((3, 3), 0.2)), zeros(3, 3), ["a"])
+    assert (same.wide_low, same.wide_high) == pytest.approx((0.2, 0.2))
+
+
+def test_interval_over_trainings_without_a_pair_of_each():
+    one = paired_difference(crossed(np.eye(4, 1)), zeros(4, 1), ["a"])
+    two_subjects = paired_difference(crossed(np.eye(2, 2)), zeros(2, 2), ["a"])
+    lacks = crossed(np.eye(4, 2))
+    del lacks[1, "all"]["s3"]
+    for found in (one, two_subjects, paired_difference(lacks, zeros(4, 2), ["a"])):
+        assert np.isnan([found.wide_low, found.wide_high]).all()
+
+
+def test_the_interval_over_trainings_holds_the_true_mean_about_19_times_in_20():
+    """15 subjects and 3 seeds that both differ; over subjects alone it is held in 60 of 100."""
+    rng = np.random.default_rng(0)
+    narrow, wide = [], []
+    for _ in range(200):
+        differences = 0.05 + rng.normal(0, 0.05, (15, 1)) + rng.normal(0, 0.05, 3) + rng.normal(0, 0.05, (15, 3))
+        found = paired_difference(crossed(differences), zeros(15, 3), ["a"])
+        narrow.append(found.low <= 0.05 <= found.high)
+        wide.append(found.wide_low <= 0.05 <= found.wide_high)
+    assert 0.89 <= np.mean(wide) <= 0.98
+    assert np.mean(narrow) < 0.7
 
 
 def test_folds_of_a_seed_are_no_further_seeds():
