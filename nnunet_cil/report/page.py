@@ -456,13 +456,12 @@ def _paired_table(found: Collected) -> str:
         return ""
     note = (
         f"Points of Dice more (+) or less (-) than {reference} after the last step, subject by subject. An interval "
-        "that holds 0 can be chance. Other subjects: what these trainings would differ by on other subjects; with few "
-        "it is too narrow (six: true in 88 of 100). Other subjects and trainings: what other seeds would "
-        "differ by there, which takes several seeds to tell. p: Wilcoxon signed-rank test over subjects, not corrected "
+        "that holds 0 can be chance. 95 % interval: what these trainings would differ by on other subjects; with few "
+        "subjects it is too narrow (six: true in 88 of 100). Over trainings: the same of other subjects and trainings "
+        "with other seeds, if there are several. p: Wilcoxon signed-rank test over subjects, not corrected "
         "for the number of comparisons."
     )
-    intervals = ["95 % interval, other subjects", "95 % interval, other subjects and trainings"]
-    header = ["method", "difference", *intervals, "p", "subjects", "by seed"]
+    header = ["method", "difference", "95 % interval", "over trainings", "p", "subjects", "by seed"]
     content = table(f"Difference to {reference}", header, lines) + paragraph(note, "quiet") + missing(notes)
     return details(f"Is the difference to {reference} more than chance?", content)
 
