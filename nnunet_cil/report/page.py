@@ -39,6 +39,7 @@ from nnunet_cil.report.words import (
     fate_of_old,
     last_scored_step,
     listed,
+    lost_with_some,
     method_words,
     outcomes,
     status_words,
@@ -181,7 +182,7 @@ def _summary(found: Collected) -> str:
     )
     return "".join(
         [
-            _headline(by_method),
+            _headline(by_method, rows, found),
             order,
             element("div", "".join(cards), class_="cards"),
             brief,
@@ -224,10 +225,11 @@ def _means_over(found: Collected) -> str:
     return subjects + (f" and up to {n_seeds} seeds" if n_seeds > 1 else "")
 
 
-def _headline(by_method: Mapping[str, Sequence[Outcome]]) -> str:
+def _headline(by_method: Mapping[str, Sequence[Outcome]], rows: Mapping[str, Row], found: Collected) -> str:
     lines = []
     for method, what in by_method.items():
-        fates = [fate for fate in (fate_of_old(what), fate_of_new(what)) if fate]
+        some = lost_with_some(rows[method].by_seed, what, found.guard)
+        fates = [fate for fate in (fate_of_old(what), fate_of_new(what), some) if fate]
         if fates:
             lines.append(element("li", f"<strong>{escape(marked(method))}</strong> {escape('; it '.join(fates))}."))
     return element("ul", "".join(lines), class_="lead") if lines else ""

@@ -131,26 +131,42 @@ def listed(names: Sequence[str]) -> str:
 
 
 def fate_of_old(found: Sequence[Outcome]) -> str:
-    """What a method did to the organs of earlier steps, after its name: ``lost a and b, kept 5 others``.
+    """What a method did to the organs of earlier steps, after its name: ``lost a and b, kept 5 others (c not scored)``.
 
     Up to three organs are named, more are counted. Empty if no earlier organ is scored.
     """
-    old = [o for o in found if o.status in ("kept", "improved", "weakened", "lost")]
-    groups = {
-        "lost": [o.organ for o in old if o.status == "lost"],
-        "weakened": [o.organ for o in old if o.status == "weakened"],
-        "kept": [o.organ for o in old if o.status in ("kept", "improved")],
+    last = max((o.step for o in found if o.status != "still to come"), default=0)
+    old = [o for o in found if o.step < max(last, 1)]  # a check's organs are all old, and of step 0
+    words = {
+        "lost": ("lost",),
+        "weakened": ("weakened",),
+        "kept": ("kept", "improved"),
+        "never learned": ("not learned",),
     }
-    groups = {word: names for word, names in groups.items() if names}
-    if len(groups) == 1:
-        word, names = next(iter(groups.items()))
-        which = names[0] if len(names) == 1 else f"{'both' if len(names) == 2 else f'all {len(names)}'} earlier organs"
-        return f"{word} {which}"
+    groups = {word: [o.organ for o in old if o.status in statuses] for word, statuses in words.items()}
     parts = []
     for word, names in groups.items():
-        rest = "others" if parts else "earlier organs"
-        parts.append(f"{word} {listed(names) if len(names) <= NAMED else f'{len(names)} {rest}'}")
-    return ", ".join(parts)
+        if len(names) == len(old) > 1:
+            parts.append(f"{word} {'both' if len(names) == 2 else f'all {len(names)}'} earlier organs")
+        elif names:
+            rest = "others" if parts else "earlier organs"
+            parts.append(f"{word} {listed(names) if len(names) <= NAMED else f'{len(names)} {rest}'}")
+    unscored = [o.organ for o in old if o.status == "not scored"]
+    beside = f" ({listed(unscored) if len(unscored) <= NAMED else f'{len(unscored)} others'} not scored)"
+    return ", ".join(parts) + beside * bool(parts and unscored)
+
+
+def lost_with_some(by_seed: NDArray[np.floating], found: Sequence[Outcome], guard: Guard = THRESHOLDS) -> str:
+    """Which organs are lost with some seeds and not on average: ``lost a with 1 of 3 seeds``; empty if none is.
+
+    Args:
+        by_seed: ``(n, T, K)`` Dice in [0, 1].
+        found: of their mean.
+    """
+    names, learned_at = [o.organ for o in found], [o.step for o in found]
+    each = [[o.status for o in outcomes(R, names, learned_at, guard)] for R in by_seed]
+    times = {o.organ: sum(of[c] == "lost" for of in each) for c, o in enumerate(found) if o.status != "lost"}
+    return listed([f"lost {organ} with {n} of {len(by_seed)} seeds" for organ, n in times.items() if n])
 
 
 def fate_of_new(found: Sequence[Outcome]) -> str:

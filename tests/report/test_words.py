@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from nnunet_cil.guard import Check, Organ
 from nnunet_cil.report.words import (
     METHOD_WORDS,
     against_joint,
@@ -12,6 +13,7 @@ from nnunet_cil.report.words import (
     fate_of_old,
     last_scored_step,
     listed,
+    lost_with_some,
     method_words,
     outcomes,
     status_words,
@@ -90,12 +92,40 @@ def test_fates_in_words():
 
 
 def test_many_organs_are_counted():
-    names = [f"organ_{i}" for i in range(6)]
-    R = [[0.9] * 6, [0.0, 0.0, 0.9, 0.9, 0.9, 0.9], [NAN] * 6]
-    assert fate_of_old(outcomes(np.array(R[:2]), names, [1] * 6)) == "lost organ_0 and organ_1, kept 4 others"
-    assert fate_of_old(outcomes(np.array([[0.9] * 6, [0.0] * 6]), names, [1] * 6)) == "lost all 6 earlier organs"
-    assert fate_of_old(outcomes(np.array([[0.9] * 2, [0.9] * 2]), names[:2], [1] * 2)) == "kept both earlier organs"
-    assert fate_of_new(outcomes(np.array([[0.9] * 6]), names, [1] * 6)) == "learned 6 organs"
+    names, at = [f"organ_{i}" for i in range(7)], [1] * 6 + [2]
+    R = [[*[0.9] * 6, NAN], [0.0, 0.0, 0.9, 0.9, 0.9, 0.9, 0.9], [NAN] * 7]
+    assert fate_of_old(outcomes(np.array(R), names, at)) == "lost organ_0 and organ_1, kept 4 others"
+    all_lost = [R[0], [*[0.0] * 6, 0.9]]
+    assert fate_of_old(outcomes(np.array(all_lost), names, at)) == "lost all 6 earlier organs"
+    both = [[0.9, 0.9, NAN], [0.9, 0.9, 0.9]]
+    assert fate_of_old(outcomes(np.array(both), names[:3], [1, 1, 2])) == "kept both earlier organs"
+    assert fate_of_new(outcomes(np.array([[0.9] * 6]), names[:6], at[:6])) == "learned 6 organs"
+
+
+def test_organs_that_were_never_there_or_not_scored_are_none_that_are_kept():
+    four, at = ["liver", "spleen", "pancreas", "kidney"], [1, 1, 1, 2]
+    never = [[0.8, 0.85, 0.05, NAN], [0.8, 0.84, 0.02, 0.9]]
+    assert _fates(never, four, at) == ("kept liver and spleen, never learned pancreas", "learned kidney")
+    unscored = [[0.8, 0.85, NAN, NAN], [0.8, 0.84, NAN, 0.9]]
+    assert _fates(unscored, four, at) == ("kept liver and spleen (pancreas not scored)", "learned kidney")
+    only = [[0.05, 0.9], [0.02, 0.9]]
+    assert _fates(only, ["pancreas", "kidney"], [1, 2]) == ("never learned pancreas", "learned kidney")
+    assert _fates([[NAN, NAN], [NAN, 0.9]], ["pancreas", "kidney"], [1, 2]) == ("", "learned kidney")
+
+
+def test_an_organ_that_one_of_three_trainings_loses_is_told_although_the_mean_is_weakened():
+    by_seed = np.array([[[0.9, 0.8, NAN], [after, 0.0, 0.9]] for after in (0.9, 0.88, 0.0)])
+    mean = outcomes(by_seed.mean(0), ["liver", "spleen", "kidney"], [1, 1, 2])
+    assert [o.status for o in mean] == ["weakened", "lost", "learned"]
+    assert lost_with_some(by_seed, mean) == "lost liver with 1 of 3 seeds"
+    assert lost_with_some(by_seed[:1], outcomes(by_seed[0], ["liver", "spleen", "kidney"], [1, 1, 2])) == ""
+
+
+def test_fates_of_a_check():
+    """Its organs are all of earlier steps, whose numbers it does not know."""
+    organs = {"liver": Organ(0.9, 0.9), "spleen": Organ(), "pancreas": Organ(0.9, 0.1)}
+    check = Check("pgcd", 0, 0, 2, "a", "b", 0, organs)
+    assert fate_of_old(check.outcomes(Guard())) == "lost pancreas, kept liver (spleen not scored)"
 
 
 def test_listed():
