@@ -47,11 +47,16 @@ def method_of(trainer: str) -> str:
     return trainer.removeprefix(_TRAINER_PREFIX).lower()
 
 
+def has_ablations(trainer: str) -> bool:
+    """Whether a trainer has PGCD's parts, which can be left out; of a trainer that is not ours it is believed."""
+    return trainer == "nnUNetTrainerPGCD" or not (trainers_dir() / f"{trainer}.py").is_file()
+
+
 def resolve_method(method: str, schedule: Schedule) -> tuple[str, dict[str, Any]]:
     """Trainer class of a method's short name, and its settings where they differ from the schedule's.
 
-    A method is the schedule's own, one of this package's ``trainers/``, a variant that the schedule names, or one of
-    these with an ablation, ``pgcd-no_channel``.
+    A method is the schedule's own, one of this package's ``trainers/``, a variant that the schedule names, or PGCD or
+    what is made of it with an ablation, ``pgcd-no_channel``.
 
     Raises:
         ValueError: no such method.
@@ -63,10 +68,10 @@ def resolve_method(method: str, schedule: Schedule) -> tuple[str, dict[str, Any]
         raise ValueError(f"{schedule.file}: variants: got {clash}, which are methods; expected other names.")
     changes = dict(schedule.variants.get(base, {}))
     trainer = changes.pop("trainer", schedule.trainer) if base in schedule.variants else trainers.get(base)
-    if trainer is None or (dash and ablation not in ABLATIONS):
+    if trainer is None or (dash and not (ablation in ABLATIONS and has_ablations(trainer))):
         raise ValueError(
-            f"--methods: got {method!r}, expected some of {sorted({*trainers, *schedule.variants})}, or one of them "
-            f"with an ablation, such as pgcd-no_channel: {', '.join(ABLATIONS)}."
+            f"--methods: got {method!r}, expected some of {sorted({*trainers, *schedule.variants})}, or pgcd or one "
+            f"made of it with an ablation, such as pgcd-no_channel: {', '.join(ABLATIONS)}."
         )
     if trainer == REPLAY_TRAINER and not base.startswith("replay"):
         raise ValueError(

@@ -19,9 +19,9 @@ import torch
 
 from nnunet_cil import nnunet_api
 from nnunet_cil.advice import warn_before_planning
-from nnunet_cil.chain import JOINT, REPLAY_TRAINER, Chain, Variant, method_of, write_json
+from nnunet_cil.chain import JOINT, Chain, Variant, has_ablations, method_of, write_json
 from nnunet_cil.dataset import block_of, prepare_chain, write_test_set
-from nnunet_cil.environment import trainer_path_variable, trainers_dir
+from nnunet_cil.environment import trainer_path_variable
 from nnunet_cil.evaluate import (
     ENSEMBLE,
     collect_scores,
@@ -42,9 +42,9 @@ from nnunet_cil.present import has_begun, present_variants
 from nnunet_cil.report import write as report_page
 from nnunet_cil.report.figures import plot_mean_dice
 from nnunet_cil.report.paired import paired_table
-from nnunet_cil.report.table import marked, score_table
+from nnunet_cil.report.table import KEEPS_SCANS, marked, score_table
 from nnunet_cil.report.words import fate_of_old
-from nnunet_cil.schedule import ABLATIONS, Schedule, load_schedule
+from nnunet_cil.schedule import ABLATIONS, Schedule, in_effect, load_schedule
 
 logger = logging.getLogger(__name__)
 
@@ -67,18 +67,24 @@ def compared_methods(schedule: Schedule) -> list[str]:
 
 
 def ablated_methods(schedule: Schedule) -> list[str]:
-    """The chain's own method, whole and with one part left out at a time.
+    """The chain's own method, whole and with one part left out at a time; parts that it does not use stay.
 
     Raises:
         ValueError: its method has none of these parts.
     """
     own = method_of(schedule.trainer)
-    if own != "pgcd" and (trainers_dir() / f"{schedule.trainer}.py").is_file():
+    if not has_ablations(schedule.trainer):
         raise ValueError(
             f"{schedule.file}: trainer: got {schedule.trainer}, expected nnUNetTrainerPGCD or one made of it: what is "
             "ablated are parts of PGCD, and this method has none of them. Use `nnunet-cil compare` for other methods."
         )
-    return [own, *(f"{own}-{name}" for name in ABLATIONS)]
+    found = {own: in_effect(schedule.method)}
+    for name, changes in ABLATIONS.items():
+        if (settings := in_effect({**schedule.method, **changes})) not in found.values():
+            found[f"{own}-{name}"] = settings
+    if same := [name for name in ABLATIONS if f"{own}-{name}" not in found]:
+        logger.info("Left out, as by the schedule's settings they are another of these methods: %s.", ", ".join(same))
+    return list(found)
 
 
 def prepare(schedule: Schedule, methods: Sequence[str], seeds: Sequence[int | None]) -> list[str]:
@@ -421,10 +427,27 @@ def _prepared_variants(
     if chain.content["plans_name"] is None:
         warn_before_planning(chain.schedule)
     with _nnunet_output(chain):
-        for variant in needed:
-            nnunet_api.check_trainer(variant.trainer)
+        _check_settings(chain, needed)
         prepare_chain(chain, needed)
     return variants
+
+
+def _check_settings(chain: Chain, variants: Sequence[Variant]) -> None:
+    """Refuse methods whose settings do not go together, all at once, as no training comes to them."""
+    problems = {}
+    for variant in variants:
+        objective = nnunet_api.objective_of(variant.trainer)
+        if objective.replays and not variant.method.startswith(KEEPS_SCANS):
+            problems[variant.method] = (
+                f"{variant.method}: got {variant.trainer}, which keeps scans of earlier steps, expected a name that "
+                "begins with replay, so that tables and figures can say so. Name it so in `variants`."
+            )
+        try:
+            objective.check_settings(chain.settings(variant))
+        except ValueError as error:
+            problems[variant.method] = f"{variant.method}: {error}"
+    if problems:
+        raise ValueError("\n".join(problems.values()))
 
 
 def _check_not_forgotten(chain: Chain, variants: Sequence[Variant]) -> None:
@@ -446,7 +469,7 @@ def _reads_earlier(chain: Chain, variant: Variant, step: int | str, other: int |
     """Whether a training reads data of another step: joint of all that have their own, replay of the earlier ones."""
     if step == JOINT:
         return chain.schedule.source is None
-    return variant.trainer == REPLAY_TRAINER and other != JOINT and int(other) < int(step)
+    return variant.method.startswith(KEEPS_SCANS) and other != JOINT and int(other) < int(step)
 
 
 def _augmentation_workers(schedule: Schedule) -> str | None:

@@ -365,16 +365,18 @@ def trainer_class(name: str) -> Any:
         raise ValueError(f"trainer: got {name!r}, which nnU-Net does not find: {error}") from error
 
 
-def check_trainer(name: str) -> None:
-    """Refuse a trainer that nnU-Net does not find, or that knows nothing of steps.
+def objective_of(name: str) -> Any:
+    """The subclass of ``objectives.base.Objective`` of a trainer.
 
     Raises:
-        ValueError: it is missing, or has no ``objective_class``.
+        ValueError: nnU-Net does not find the trainer, or it knows nothing of steps.
     """
-    if not hasattr(trainer_class(name), "objective_class"):
+    found = getattr(trainer_class(name), "objective_class", None)
+    if found is None:
         raise ValueError(
             f"trainer: got {name}, expected a subclass of nnunet_cil's IncrementalTrainer, such as nnUNetTrainerPGCD."
         )
+    return found
 
 
 def train_process_command(arguments: Sequence[str], resume: bool) -> list[str]:

@@ -82,7 +82,7 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "no_dapd": {"lambda_dapd": 0.0},
     "static_background": {"mu": 1.0},
     "uniform_weights": {"calibration": "uniform"},
-    "no_pseudo_labels": {"pseudo_labels": "off"},
+    "no_pseudo_labels": {"pseudo_labels": "off", "class_balance": False},
     "background_rows": {"new_rows": "background"},
     "rows_only": {"lambda_pgcd": 0.0, "lambda_dapd": 0.0},
 }
@@ -105,6 +105,17 @@ MAX_SHOWN = 100
 """Characters of a value in a message."""
 MAX_SHOWN_DATASETS = 5
 _NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_-]{{0,{MAX_NAME_BYTES // 2 - 1}}}")
+
+
+def in_effect(method: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of PGCD without those that change nothing, as the term that they belong to is off."""
+    no_pgcd, no_dapd = (not method[key] for key in ("lambda_pgcd", "lambda_dapd"))
+    unused = {
+        *(("pgcd_spatial", "eta", "calibration") if no_pgcd else ()),
+        *(("dapd_global", "dapd_local") if no_dapd else ()),
+        *(("mu",) if no_pgcd and no_dapd else ()),
+    }
+    return {key: value for key, value in method.items() if key not in unused}
 
 
 def kept_source(chain_folder: Path, step: int) -> Path:
@@ -486,6 +497,8 @@ class _Reader:
         if not isinstance(value, str) or not value.isidentifier() or not is_name(value):
             self.problem(key, repr(value), "text: the name of a class")
             return ""
+        if value == "nnUNetTrainerJoint":
+            self.problem(key, value, "the trainer of a method that goes step by step: the method `joint` needs no key")
         return value
 
     def _choice(self, key: str, value: Any, choices: Sequence[str]) -> str:

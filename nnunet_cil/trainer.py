@@ -232,7 +232,7 @@ class IncrementalTrainer(nnUNetTrainer):
         self._read_what_is_labelled()
         self._seed()
         if self.incremental:
-            self._check_pseudo_labels()
+            self.objective_class.check_settings(self.block.settings)
             self._load_teacher()
         super().on_train_start()
         if self._resumed is not None and not dist.is_initialized():
@@ -253,14 +253,6 @@ class IncrementalTrainer(nnUNetTrainer):
         if labelled:
             lacking, old = len(self._unlabelled), len(self._relabelled)
             self.print_to_log_file(f"{lacking} cases lack labels of new classes, {old} have labels of old ones.")
-
-    def _check_pseudo_labels(self) -> None:
-        chosen = self.block.settings["pseudo_labels"]
-        if self.objective_class.pseudo_label_rule == "entropy" and chosen != "offline":
-            raise ValueError(
-                f"{self.objective_class.__name__}: got pseudo_labels {chosen!r}, expected 'offline': its entropy "
-                "thresholds are counted over the step's cases. Change `method: pseudo_labels` in the schedule."
-            )
 
     def _load_teacher(self) -> None:
         """Restore the teacher from the block; on a fresh start also grow the student from it."""
@@ -482,7 +474,7 @@ class IncrementalTrainer(nnUNetTrainer):
     def _patches(self, dataset) -> Iterator[torch.Tensor]:
         """Without end, one patch (1, C, *patch) of one training case after the other, without augmentation."""
         patch_size = self.configuration_manager.patch_size
-        random_places = np.random.default_rng(self.block.training.seed)
+        random_places = np.random.default_rng(self.block.training.seed or 0)  # the same when a training goes on
         while True:
             for case in sorted(dataset.identifiers):
                 yield random_patch(dataset.load_case(case)[0], patch_size, random_places).to(self.device)

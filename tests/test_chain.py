@@ -284,7 +284,10 @@ def test_the_schedules_trainer_is_found_though_it_is_not_ours(nnunet_folders, tm
     assert resolve_method("pgcd", schedule)[0] == "nnUNetTrainerPGCD"
 
 
-@pytest.mark.parametrize("method", ["no_such", "PGCD", "nnUNetTrainerPGCD", ""])
+@pytest.mark.parametrize(
+    "method",
+    ["no_such", "PGCD", "nnUNetTrainerPGCD", "", "joint-no_channel", "mib-no_dapd", "pgcd-mu"],
+)
 def test_unknown_method_is_refused_with_the_known_ones(schedule, method):
     with pytest.raises(ValueError, match=rf"--methods: got '{method}', expected some of \[.*'pgcd'"):
         resolve_method(method, schedule)

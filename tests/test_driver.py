@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -16,7 +17,9 @@ import torch
 from nnunet_cil import driver
 from nnunet_cil.block import StepBlock
 from nnunet_cil.chain import Chain
-from nnunet_cil.schedule import Training, load_schedule
+from nnunet_cil.objectives.pgcd import PGCD
+from nnunet_cil.objectives.replay import Replay
+from nnunet_cil.schedule import ABLATIONS, Training, load_schedule
 from tests.conftest import write_schedule, write_tiny_dataset
 
 PATIENCE_SECONDS = 30
@@ -117,6 +120,56 @@ def test_only_pgcd_and_trainers_made_of_it_are_ablated(tmp_path):
     assert driver.ablated_methods(own)[:2] == ["mine", "mine-no_spatial"]
     with pytest.raises(ValueError, match="got nnUNetTrainerFinetune, expected nnUNetTrainerPGCD or one made of it"):
         driver.ablated_methods(replace(schedule, trainer="nnUNetTrainerFinetune"))
+
+
+@pytest.mark.parametrize(
+    ("method", "left_out"),
+    [
+        ({}, set()),
+        ({"eta": 0, "new_rows": "background"}, {"no_channel", "background_rows"}),
+        ({"lambda_dapd": 0}, {"no_dapd_global", "no_dapd_local", "no_dapd", "rows_only"}),
+        ({"lambda_pgcd": 0}, {"no_spatial", "no_channel", "no_pgcd", "uniform_weights", "rows_only"}),
+    ],
+)
+def test_ablations_that_change_nothing_are_not_trained(tmp_path, caplog, method, left_out):
+    """``rows_only`` of a method without DAPD is ``no_pgcd``, which is kept."""
+    source = write_tiny_dataset(tmp_path / "source", n_cases=2)
+    schedule = load_schedule(write_schedule(tmp_path / "s.yaml", source, extra=f"method: {json.dumps(method)}"))
+    with caplog.at_level("INFO", "nnunet_cil"):
+        methods = driver.ablated_methods(schedule)
+    assert methods == ["pgcd", *(f"pgcd-{name}" for name in ABLATIONS if name not in left_out)]
+    assert ("Left out" in caplog.text) == bool(left_out)
+
+
+def test_methods_whose_settings_do_not_go_together_are_refused_before_anything_is_planned(nnunet_folders, tmp_path):
+    source = write_tiny_dataset(tmp_path / "source", n_cases=2)
+    extra = (
+        "method: {pseudo_labels: online, one_piece: false}\n"
+        "variants: {plop_too: {trainer: nnUNetTrainerPLOP, tau_old: 0.6}}"
+    )
+    schedule = load_schedule(write_schedule(tmp_path / "s.yaml", source, extra=extra))
+    with pytest.raises(ValueError, match="plop: PLOP: got pseudo_labels 'online'") as error:
+        driver.prepare(schedule, ["pseudo", "plop", "plop_too"], [0])
+    assert "\nplop_too: PLOP: got pseudo_labels 'online'" in str(error.value)
+    assert not list(nnunet_folders["nnUNet_preprocessed"].iterdir())
+
+
+def test_a_trainer_of_ones_own_that_keeps_scans_says_so_in_its_name(nnunet_folders, tmp_path, monkeypatch):
+    source = write_tiny_dataset(tmp_path / "source", n_cases=2)
+    extra = "variants: {mine: {trainer: nnUNetTrainerMine}, replay_mine: {trainer: nnUNetTrainerMine}}"
+    chain = Chain.open(load_schedule(write_schedule(tmp_path / "s.yaml", source, extra=extra)))
+    monkeypatch.setattr(driver.nnunet_api, "objective_of", lambda _: Replay)
+    driver._check_settings(chain, [chain.variant("replay_mine", 0)])
+    with pytest.raises(ValueError, match="mine: got nnUNetTrainerMine, which keeps scans of earlier steps, expected a"):
+        driver._check_settings(chain, [chain.variant("mine", 0)])
+
+
+def test_all_ablations_of_a_balanced_method_can_be_trained(nnunet_folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(driver.nnunet_api, "objective_of", lambda _: PGCD)
+    source = write_tiny_dataset(tmp_path / "source", n_cases=2)
+    schedule = load_schedule(write_schedule(tmp_path / "s.yaml", source, extra="method: {class_balance: true}"))
+    chain = Chain.open(schedule)
+    driver._check_settings(chain, [chain.variant(method, 0) for method in driver.ablated_methods(schedule)])
 
 
 def test_progress_names_the_classes_of_its_dice(caplog, monkeypatch):

@@ -15,6 +15,7 @@ from nnunet_cil import driver, guard, nnunet_api
 from nnunet_cil.chain import JOINT, Chain
 from nnunet_cil.environment import trainer_path_variable
 from nnunet_cil.guard import Check, Organ, agreement, check_step, confusion, read_checks
+from nnunet_cil.objectives.base import Objective
 from nnunet_cil.report.collect import collect
 from nnunet_cil.report.write import write_report
 from nnunet_cil.schedule import Guard
@@ -113,7 +114,7 @@ def ran(chain, monkeypatch) -> SimpleNamespace:
 
     for name, fake in (("_train", train), ("evaluate_model", evaluate), ("prepare_chain", lambda *_: None)):
         monkeypatch.setattr(driver, name, fake)
-    monkeypatch.setattr(nnunet_api, "check_trainer", lambda _: None)
+    monkeypatch.setattr(nnunet_api, "objective_of", lambda _: Objective)
     return SimpleNamespace(trained=trained, run=lambda *methods: driver._run(chain, methods, []))
 
 

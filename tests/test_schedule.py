@@ -309,6 +309,14 @@ BAD = {
     "variants as list": ({**BASE, "variants": ["a"]}, r"variants: got \['a'\], expected a mapping of names"),
     "empty variant": ({**BASE, "variants": {"a": {}}}, "variants: a: got {}, expected a mapping of settings"),
     "name of a variant": ({**BASE, "variants": {"a-b": {"eta": 0}}}, "variants: a-b: got 'a-b', expected lower-case"),
+    "joint as trainer": (
+        {**BASE, "trainer": "nnUNetTrainerJoint"},
+        "trainer: got nnUNetTrainerJoint, expected the trainer of a method that goes step by step",
+    ),
+    "joint as variant": (
+        {**BASE, "variants": {"joint_long": {"trainer": "nnUNetTrainerJoint"}}},
+        "variants: joint_long: trainer: got nnUNetTrainerJoint, expected the trainer of a method that goes step",
+    ),
     "unknown variant key": ({**BASE, "variants": {"a": {"lambda": 0}}}, "variants: a: lambda: got an unknown key"),
     "variant without offline labels": (
         {**BASE, "method": {"class_balance": True}, "variants": {"a": {"pseudo_labels": False}}},
@@ -722,7 +730,8 @@ def test_variants_change_what_they_name(tmp_path, raw):
 def test_every_ablation_changes_known_settings_and_no_two_are_the_same():
     for name, changes in ABLATIONS.items():
         assert changes, name
-        assert all(METHOD_DEFAULTS[key] != value for key, value in changes.items()), name
+        assert any(METHOD_DEFAULTS[key] != value for key, value in changes.items()), name
+        assert set(changes) <= set(METHOD_DEFAULTS), name
     assert len({tuple(sorted(changes.items())) for changes in ABLATIONS.values()}) == len(ABLATIONS)
 
 

@@ -55,22 +55,24 @@ def folded_distillation(
 
 
 def plain_distillation(
-    student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0, among_all: bool = False
 ) -> torch.Tensor:
-    """Mean over voxels of KL(q || p) over the old outputs alone, both softened, times the squared temperature.
+    """Mean over voxels of KL(q || p) over the old outputs, both softened, times the squared temperature.
 
     Source: Li and Hoiem, "Learning without Forgetting", ECCV 2016, eq. 2-4; the square keeps the size of the gradient
     (Hinton et al., arXiv:1503.02531). The teacher's entropy, which has no gradient, makes 0 the smallest value.
 
     Args:
-        student_logits: (B, K, *S), of which the first n_old take part.
+        student_logits: (B, K, *S).
         teacher_logits: (B, n_old, *S); gets no gradient.
         temperature: above 0.
+        among_all: whether p, the student's softmax, is that of all its outputs (ILT), or of the old ones alone (LwF).
     """
     with torch.autocast(student_logits.device.type, enabled=False):
         n_old = teacher_logits.shape[1]
         log_q = log_softmax(at_least_float32(teacher_logits).detach() / temperature, 1)
-        log_p = log_softmax(at_least_float32(student_logits[:, :n_old]) / temperature, 1)
+        among = student_logits if among_all else student_logits[:, :n_old]
+        log_p = log_softmax(at_least_float32(among) / temperature, 1)[:, :n_old]
         return temperature**2 * (log_q.exp() * (log_q - log_p)).sum(1).mean()
 
 

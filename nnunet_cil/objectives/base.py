@@ -55,9 +55,26 @@ class Objective(nn.Module):
         self, n_old: int, n_classes: int, settings: Mapping[str, Any], prototypes: PrototypeStore | None
     ) -> None:
         super().__init__()
+        self.check_settings(settings)
         self.n_old = n_old
         self.n_classes = n_classes
         self.settings = dict(settings)
+
+    @classmethod
+    def check_settings(cls, settings: Mapping[str, Any]) -> None:
+        """Refuse settings of which each is right and which do not go together with this method.
+
+        Called before a chain is planned, too, so that no training is begun that cannot go on.
+
+        Raises:
+            ValueError: they do not.
+        """
+        chosen = settings["pseudo_labels"]
+        if cls.pseudo_label_rule == "entropy" and chosen != "offline":
+            raise ValueError(
+                f"{cls.__name__}: got pseudo_labels {chosen!r}, expected 'offline': its entropy thresholds are counted "
+                "over the step's cases. Give it a variant with `pseudo_labels: offline`, or leave it out."
+            )
 
     @staticmethod
     def feature_paths(network: nn.Module) -> tuple[str, ...]:

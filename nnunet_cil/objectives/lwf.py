@@ -21,7 +21,10 @@ class LwF(Objective):
 
 
 class ILT(LwF):
-    """LwF's term at temperature 1 (L'_D, eq. 2) and the squared error of the encoder's last features (L''_D, eq. 4).
+    """Distillation of the old outputs among all (L'_D, eq. 2) and the encoder's last features (L''_D, eq. 4).
+
+    As the softmax of L'_D is that of all outputs, which its targets leave nothing for a new class, it is pushed down
+    wherever the old ones are distilled. MiB's re-implementation takes the old outputs alone.
 
     Differs from the paper: the encoder is nnU-Net's; its features count by a setting of their own.
     """
@@ -31,7 +34,7 @@ class ILT(LwF):
         return (encoder_stages(network)[-1],)
 
     def forward(self, student, teacher, labels):
-        outputs = plain_distillation(student.logits, teacher.logits, 1.0)
+        outputs = plain_distillation(student.logits, teacher.logits, among_all=True)
         features = feature_distillation(student.features[0], teacher.features[0])
         return {
             "distillation": self.settings["lambda_lwf"] * outputs,

@@ -49,11 +49,6 @@ class PGCD(Objective):
         if prototypes is None or prototypes.means.shape[0] != n_old:
             got = "none" if prototypes is None else f"{prototypes.means.shape[0]}"
             raise ValueError(f"prototypes: got {got}, expected {n_old}: background and one for each old class.")
-        if settings["class_balance"] and settings["pseudo_labels"] != "offline":
-            raise ValueError(
-                f"method: class_balance: got pseudo_labels {settings['pseudo_labels']!r}, expected 'offline': the "
-                "balance is counted once over the step's pseudo-labels. Change one of the two."
-            )
         means = torch.from_numpy(prototypes.means).float().nan_to_num()
         self.register_buffer("means", means)
         self.register_buffer("usable", torch.from_numpy(prototypes.usable))
@@ -73,6 +68,15 @@ class PGCD(Objective):
         scale = math.sqrt(n_old / (n_classes - n_old)) if settings["scale_by_classes"] else 1.0
         self.lambda_pgcd = scale * settings["lambda_pgcd"]
         self.lambda_dapd = scale * settings["lambda_dapd"]
+
+    @classmethod
+    def check_settings(cls, settings):
+        super().check_settings(settings)
+        if settings["class_balance"] and settings["pseudo_labels"] != "offline":
+            raise ValueError(
+                f"method: class_balance: got pseudo_labels {settings['pseudo_labels']!r}, expected 'offline': the "
+                "balance is counted once over the step's pseudo-labels. Change one of the two."
+            )
 
     def set_label_counts(self, counts: torch.Tensor) -> None:
         if self.settings["class_balance"]:

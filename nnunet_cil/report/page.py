@@ -67,7 +67,7 @@ _GLOSSARY = {
     "Forgetting": "Points of Dice that an organ has fallen from its best score before the last step; low is good.",
     "Change since learned": "Dice after the last step minus Dice when the organ was just learned (backward transfer).",
     "When just learned": "Mean Dice of the organs of steps 2 and later, each when just learned (plasticity).",
-    "Test subject": "A person whose scans no step has been trained on. Every number comes from them.",
+    "Test subject": "A person whose scans no step of this chain has been trained on. Every score comes from them.",
     "Seed": "The number from which chance starts in a training; several show how much a result varies.",
     "Prototype": "The average of the network's features over all voxels of an organ.",
 }
@@ -530,9 +530,10 @@ def _cost_table(found: Collected) -> str:
     if not lines:
         return ""
     note = (
-        "Means over trainings. Time is that of pseudo-labels, training and prototypes; memory the most that a training "
-        "had at once. The last two columns are what a step finds of earlier data: the prototypes beside the model "
-        "before, which only prototype methods read, and the scans that a method keeps."
+        "Means over the trainings of which it is known. Time is that of pseudo-labels, training and prototypes; memory "
+        "the most that a training's own process had at once, without those that augment. The last two columns are what "
+        "a step finds of earlier data: the prototypes beside the model before, which only prototype methods read, and "
+        "the scans that a method keeps."
     )
     return details("What a step takes, and what it keeps", table("By step", header, lines) + paragraph(note, "quiet"))
 

@@ -73,14 +73,15 @@ def paired_difference(method: BySubject, reference: BySubject, classes: Sequence
         interval without width, and no test if they are all zero.
     """
     folds: dict[tuple[str, int | None], list[float]] = defaultdict(list)
-    one_sided = 0
+    invented = [0, 0]  # by the method and by the reference, where the other did not
     for (seed, fold), subjects in method.items():
         for subject, scores in subjects.items():
             other = reference.get((seed, fold), {}).get(subject)
             if other is None:
                 continue
             pairs = [[_known(side.get(name)) for side in (scores, other)] for name in classes]
-            one_sided += sum((a is None) != (b is None) for a, b in pairs)
+            invented[0] += sum(b is None and a is not None for a, b in pairs)
+            invented[1] += sum(a is None and b is not None for a, b in pairs)
             differences = [a - b for a, b in pairs if a is not None and b is not None]
             if differences:
                 folds[subject, seed].append(float(np.mean(differences)))
@@ -93,8 +94,9 @@ def paired_difference(method: BySubject, reference: BySubject, classes: Sequence
     values = np.round([np.mean(list(by_subject[subject].values())) for subject in sorted(by_subject)], DECIMALS)
     each = {seed: float(np.mean(differences)) for seed, differences in by_seed.items()}
     note, low, high, p_value = _tested(values)
-    if one_sided:
-        left_out = f"{one_sided} left out, where one of the two invented an organ that is absent and the other did not"
+    if any(invented):
+        mine, others = invented
+        left_out = f"absent organs that one of the two invented are left out: {mine} by it, {others} by the other"
         note = f"{note}; {left_out}" if note else left_out
     mean = float(values.mean()) if values.size else math.nan
     crossed = [[by_subject[subject].get(seed, math.nan) for seed in by_seed] for subject in sorted(by_subject)]

@@ -120,6 +120,16 @@ def test_plain_distillation_with_a_temperature_softens_both():
     torch.testing.assert_close(plain_distillation(student, teacher, 2.0), 4 * softened)
 
 
+def test_plain_distillation_among_all_outputs_pushes_new_ones_down():
+    teacher = torch.log(torch.tensor([[0.8, 0.2]])).reshape(1, 2, 1)
+    student = torch.log(torch.tensor([[0.4, 0.1, 0.5]])).reshape(1, 3, 1).requires_grad_()
+    loss = plain_distillation(student, teacher, among_all=True)
+    loss.backward()
+    assert float(loss) == pytest.approx(0.8 * math.log(0.8 / 0.4) + 0.2 * math.log(0.2 / 0.1), rel=1e-5)
+    torch.testing.assert_close(student.grad.flatten(), torch.tensor([0.4 - 0.8, 0.1 - 0.2, 0.5]))
+    assert float(plain_distillation(student, teacher)) == pytest.approx(0, abs=1e-6), "old ones alone agree"
+
+
 def test_plain_distillation_gradient():
     torch.manual_seed(0)
     student = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True)

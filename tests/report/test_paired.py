@@ -125,7 +125,7 @@ def test_groups_of_classes():
 
 
 def test_table_as_a_whole():
-    one_left_out = "1 left out, where one of the two invented an organ that is absent and the other did not"
+    one_left_out = "absent organs that one of the two invented are left out: 0 by it, 1 by the other"
     both = [{"liver": 0.9, "kidney": 0.8}] * 3
     scores = {
         "pgcd": {A: {f"s{i}": entry for i, entry in enumerate(both)}},
@@ -154,7 +154,9 @@ def test_an_organ_that_one_of_the_two_invented_is_told():
     empty, invented = one_class(0.8, 0.7, None, 0.6), one_class(0.8, 0.7, 0.0, 0.6)
     found = paired_difference({A: invented}, {A: empty}, ["a"])
     assert (found.mean, found.n_subjects) == (0, 3)
-    assert found.note.startswith("no subject differs: no test; 1 left out, where one of the two invented an organ")
+    assert found.note == (
+        "no subject differs: no test; absent organs that one of the two invented are left out: 1 by it, 0 by the other"
+    )
     assert paired_difference({A: empty}, {A: empty}, ["a"]).note == "no subject differs: no test"
 
 
