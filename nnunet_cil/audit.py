@@ -114,10 +114,6 @@ def _steps(chain: Chain) -> list[int | str]:
     return [*range(1, chain.n_steps + 1), *joint]
 
 
-def _results(chain: Chain, step: int | str) -> Path:
-    return chain.paths["nnUNet_results"] / chain.dataset_name(step)
-
-
 def _files(folder: Path, follow: bool = False) -> tuple[Path, ...]:
     """All files below a folder, sorted; links that lead nowhere too.
 
@@ -178,7 +174,7 @@ def _beyond(chain: Chain, step: int | str) -> dict[str, str]:
 
 def _models(chain: Chain, step: int | str) -> list[Path]:
     """Model folders of a step, of all methods, seeds and whoever trained there."""
-    return sorted(path for path in _results(chain, step).glob("*__*__*") if path.is_dir())
+    return sorted(path for path in chain.results(step).glob("*__*__*") if path.is_dir())
 
 
 def _data(chain: Chain, step: int | str) -> dict[str, tuple[Path, ...]]:
@@ -192,7 +188,7 @@ def _data(chain: Chain, step: int | str) -> dict[str, tuple[Path, ...]]:
         "preprocessed": tuple(path for folder in folders for path in _files(folder)),
         "gt_segmentations": _files(preprocessed / "gt_segmentations"),
         "pseudo-labels": tuple(path for folder in _caches(chain, step) for path in _files(folder)),
-        "predicted masks": tuple(_predicted_masks(_results(chain, step))),
+        "predicted masks": tuple(_predicted_masks(chain.results(step))),
     }
 
 
@@ -216,7 +212,7 @@ def _predicted_masks(results: Path) -> Iterator[Path]:
 
 
 def _kept(chain: Chain, step: int | str, data: Set[Path]) -> tuple[Holding, ...]:
-    files = [path for path in _files(_results(chain, step), follow=True) if path not in data]
+    files = [path for path in _files(chain.results(step), follow=True) if path not in data]
     files += [path for path in sorted(chain.preprocessed(step).glob("*")) if path.is_file()]
     weights = tuple(path for path in files if path.suffix == ".pth")
     prototypes = tuple(path for path in files if path.name == PROTOTYPE_FILE)
@@ -280,7 +276,7 @@ def _files_with_names(
     places: list[tuple[Path, Set[str]]] = []
     for other, theirs in names.items():
         wanted = names[step] - (set() if other == step else theirs)
-        places += [(folder, wanted) for folder in (_results(chain, other), chain.preprocessed(other))]
+        places += [(folder, wanted) for folder in (chain.results(other), chain.preprocessed(other))]
     jobs = chain.folder / "jobs"  # submitit keeps there what a job raised, pickled
     test = chain.folder / "test" / "test.json"
     tested = set(json.loads(test.read_text(encoding="utf-8"))["cases"]) if test.is_file() else set()

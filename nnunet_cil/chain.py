@@ -187,7 +187,7 @@ class Chain:
     def _has_begun(self) -> bool:
         """Whether a training of this chain was started."""
         steps = (*self.schedule.own_steps, JOINT)
-        return any((self.paths["nnUNet_results"] / self.dataset_name(step)).exists() for step in steps)
+        return any(self.results(step).exists() for step in steps)
 
     def differing_keys(self, has_begun: bool = True) -> list[str]:
         """``key: then, now`` of the schedule in ``content`` and this one, for what may not change while a chain runs.
@@ -273,6 +273,10 @@ class Chain:
         """Preprocessed dataset folder of a step."""
         return self.paths["nnUNet_preprocessed"] / self.dataset_name(step)
 
+    def results(self, step: int | str) -> Path:
+        """Folder with the model folders of a step, of all variants."""
+        return self.paths["nnUNet_results"] / self.dataset_name(step)
+
     def variant(self, method: str, seed: int | None) -> Variant:
         """The variant of a method's short name and a seed."""
         return Variant(method, resolve_method(method, self.schedule)[0], seed)
@@ -284,6 +288,14 @@ class Chain:
     def first_step(self, seed: int | None) -> Variant:
         """The variant whose step 1 all methods of this seed share."""
         return Variant(self.default_method, self.schedule.trainer, seed)
+
+    def owner(self, variant: Variant, step: int | str) -> Variant:
+        """The variant whose plans and model stand for a variant's step: step 1 is shared."""
+        return self.first_step(variant.seed) if step == 1 else variant
+
+    def steps_of(self, variant: Variant) -> list[int | str]:
+        """Steps of which a variant has models, in order; joint has one."""
+        return [JOINT] if variant.method == JOINT else [*range(1, self.n_steps + 1)]
 
     def plans_name(self, variant: Variant) -> str:
         """Plans identifier of a variant; nnU-Net's own for the schedule's method and seed, so plain commands work."""
@@ -297,11 +309,10 @@ class Chain:
     def model_folder(self, variant: Variant, step: int | str) -> Path:
         """nnU-Net's model folder of a variant's step; step 1 is that of the shared variant."""
         if step == 1 and self.schedule.model is not None:
-            return self.paths["nnUNet_results"] / self.dataset_name(1) / self.schedule.model.name
-        if step == 1:
-            variant = self.first_step(variant.seed)
-        model = nnunet_api.model_folder_name(variant.trainer, self.plans_name(variant), self.schedule.configuration)
-        return self.paths["nnUNet_results"] / self.dataset_name(step) / model
+            return self.results(1) / self.schedule.model.name
+        owner = self.owner(variant, step)
+        model = nnunet_api.model_folder_name(owner.trainer, self.plans_name(owner), self.schedule.configuration)
+        return self.results(step) / model
 
     def trained(self, variant: Variant, step: int | str, fold: int | str) -> bool:
         """Whether a training has ended, with everything that comes after its last epoch."""

@@ -969,7 +969,7 @@ def write_variant_plans(chain: Chain, variant: Variant) -> None:
     for step in steps:
         _check_same_settings(chain, variant, step)
     for step in steps:
-        owner = chain.first_step(variant.seed) if step == 1 else variant
+        owner = chain.owner(variant, step)
         name = chain.plans_name(owner)
         plans = {**base_plans(chain), "dataset_name": chain.dataset_name(step), "plans_name": name}
         plans[BLOCK_KEY] = block_of(chain, owner, step).to_json()
@@ -981,7 +981,7 @@ def _check_same_settings(chain: Chain, variant: Variant, step: int | str) -> Non
 
     nnU-Net writes plans and dataset.json in place at each start of a training: half ones are nothing to compare with.
     """
-    owner = chain.first_step(variant.seed) if step == 1 else variant
+    owner = chain.owner(variant, step)
     path = chain.model_folder(variant, step) / "plans.json"
     try:
         plans, dataset_json = read_json(path, "plans of nnU-Net"), dataset_json_of(path.parent)

@@ -209,7 +209,7 @@ def _task(
 ) -> Task:
     before = None
     if step not in (1, JOINT):
-        before = _name(chain, chain.first_step(variant.seed) if step == 2 else variant, int(step) - 1, fold)
+        before = _name(chain, chain.owner(variant, int(step) - 1), int(step) - 1, fold)
     file = chain.schedule.file.absolute()
     work = partial(work_on, file, variant.method, variant.seed, step, fold, tuple(methods), tuple(seeds))
     return Task(_name(chain, variant, step, fold), before, work, partial(_is_done, chain, variant, step, fold))
@@ -498,11 +498,9 @@ def _trainings(chain: Chain, variants: Sequence[Variant]) -> list[tuple[Variant,
     """All trainings in the order of their dependencies; a step 1 that variants share stands once."""
     todo: dict[tuple[Variant, int | str, int | str], None] = {}
     for variant in variants:
-        steps: list[int | str] = [JOINT] if variant.method == JOINT else [*range(1, chain.n_steps + 1)]
-        for step in steps:
-            owner = chain.first_step(variant.seed) if step == 1 else variant
+        for step in chain.steps_of(variant):
             for fold in chain.schedule.folds:
-                todo[(owner, step, fold)] = None
+                todo[(chain.owner(variant, step), step, fold)] = None
     return list(todo)
 
 

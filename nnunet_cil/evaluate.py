@@ -60,8 +60,8 @@ def learned_at(chain: Chain) -> np.ndarray:
 
 def evaluation_file(chain: Chain, variant: Variant, step: int | str, fold: int | str) -> Path:
     """Where the scores of one model stand; step 1 belongs to the shared variant."""
-    owner = chain.first_step(variant.seed) if step == 1 else variant
-    return chain.folder / "predictions" / chain.plans_name(owner) / f"{_name(step)}_fold_{fold}" / "scores.json"
+    plans_name = chain.plans_name(chain.owner(variant, step))
+    return chain.folder / "predictions" / plans_name / f"{_name(step)}_fold_{fold}" / "scores.json"
 
 
 def scored_folds(chain: Chain) -> tuple[int | str, ...]:

@@ -58,8 +58,7 @@ def has_begun(chain: Chain) -> bool:
 def _files(chain: Chain, prepared: bool) -> Iterator[tuple[Path, int | str | None]]:
     """Files that name a method and a seed: plans with their step, scores with None, as they name it themselves."""
     for step in (*chain.schedule.own_steps, JOINT):
-        models = chain.paths["nnUNet_results"] / chain.dataset_name(step)
-        yield from ((path, step) for path in sorted(models.glob("*/plans.json")))
+        yield from ((path, step) for path in sorted(chain.results(step).glob("*/plans.json")))
         if prepared:
             plans = chain.preprocessed(step).glob(f"{chain.content['plans_name']}*.json")
             yield from ((path, step) for path in sorted(plans))

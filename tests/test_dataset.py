@@ -479,7 +479,7 @@ def test_joint_learns_all_classes_in_one_step_for_as_long_as_all_steps(prepared)
 def test_variants_share_preprocessed_data_and_never_an_output_folder(prepared):
     variants = variants_of(prepared)[:3]
     for step in (1, 2):
-        names = {prepared.plans_name(prepared.first_step(v.seed) if step == 1 else v) for v in variants}
+        names = {prepared.plans_name(prepared.owner(v, step)) for v in variants}
         plans = [plans_of(prepared, step, name) for name in names]
         assert {p["configurations"]["3d_fullres"]["data_identifier"] for p in plans} == {IDENTIFIER}
         folders = [path.name for path in prepared.preprocessed(step).iterdir() if path.is_dir()]

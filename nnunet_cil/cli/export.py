@@ -39,8 +39,8 @@ def run(args: argparse.Namespace) -> int:
     step = JOINT if JOINT in (method, args.step) else _step(args.step, chain.n_steps)
     archive = export_model(chain, variant, step, chain.schedule.folds, args.target.absolute(), args.licence)
     print(f"{args.target}\n{archive}")
-    owner = chain.first_step(variant.seed) if step == 1 else variant
-    options = f"-d {chain.dataset_name(step)} -c {chain.schedule.configuration} -p {chain.plans_name(owner)}"
+    plans_name = chain.plans_name(chain.owner(variant, step))
+    options = f"-d {chain.dataset_name(step)} -c {chain.schedule.configuration} -p {plans_name}"
     options += f" -f {' '.join(map(str, chain.schedule.folds))}"
     (model,) = (args.target / chain.dataset_name(step)).iterdir()
     if (trainer := model.name.split("__")[0]) != STOCK_TRAINER:

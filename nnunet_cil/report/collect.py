@@ -262,17 +262,15 @@ def collect(chain: Chain, variants: Sequence[Variant]) -> Collected:
     known: dict[tuple[str, int | None, int | str, int | str], Model] = {}
     runs, of_ensembles = [], []
     for variant in variants if chain.content["plans_name"] else ():
-        steps: list[int | str] = [JOINT] if variant.method == JOINT else [*range(1, chain.n_steps + 1)]
+        owners = {step: chain.owner(variant, step) for step in chain.steps_of(variant)}
         for fold in chain.schedule.folds:
             models = []
-            for step in steps:
-                owner = chain.first_step(variant.seed) if step == 1 else variant
+            for step, owner in owners.items():
                 key = (owner.method, owner.seed, fold, step)
                 known[key] = known.get(key) or _model(chain, owner, step, fold, problems)
                 models.append(known[key])
             runs.append(Run(variant.method, variant.seed, fold, tuple(models)))
         if ENSEMBLE in scored_folds(chain):
-            owners = {step: chain.first_step(variant.seed) if step == 1 else variant for step in steps}
             of_ensembles += [predict_line(chain, owner, step, ENSEMBLE, _IMAGES) for step, owner in owners.items()]
     content, rows = collect_scores(chain, list(variants)) if runs else ({"runs": []}, [])
     by_run: dict[str, list[NDArray[np.float64]]] = {}

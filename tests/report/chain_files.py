@@ -195,8 +195,8 @@ def write_chain(
     variants = [chain.variant(method, seed) for seed in seeds for method in methods]
     done = set()
     for variant in variants:
-        for step in [JOINT] if variant.method == JOINT else range(1, chain.n_steps + 1):
-            owner = chain.first_step(variant.seed) if step == 1 else variant
+        for step in chain.steps_of(variant):
+            owner = chain.owner(variant, step)
             if (owner, step) in done:
                 continue
             done.add((owner, step))
