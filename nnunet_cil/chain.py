@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 FIRST_FREE_ID, LAST_ID = 500, 999
 PATIENCE_SECONDS = 120.0
+SCORE_FILES = "predictions/*/*/scores.json"
 NUMBERS_LOCK = ".nnunet_cil.lock"
 """In nnUNet_results, held while a new chain takes its dataset numbers."""
 JOINT = "joint"
@@ -119,7 +120,7 @@ class Chain:
         abandoned: list[Path] = []
         if known is not None:
             chain = cls(schedule, known)
-            differing = chain.differing_keys(has_begun=chain._has_begun())
+            differing = chain.differing_keys(has_begun=chain.has_begun())
             if differing and chain.content["plans_name"] is not None:
                 chain._refuse_other_schedule(differing)
             if differing:  # a mistake was mended before anything was planned
@@ -184,10 +185,11 @@ class Chain:
         """Write ``chain.json``."""
         write_json(self.folder / CHAIN_FILE, sealed(self.content))
 
-    def _has_begun(self) -> bool:
-        """Whether a training of this chain was started."""
+    def has_begun(self) -> bool:
+        """Whether a training of this chain was started, or one of its models is scored."""
         steps = (*self.schedule.own_steps, JOINT)
-        return any(self.results(step).exists() for step in steps)
+        is_trained = any(path for step in steps for path in self.results(step).glob("*/plans.json"))
+        return is_trained or any(self.folder.glob(SCORE_FILES))
 
     def differing_keys(self, has_begun: bool = True) -> list[str]:
         """``key: then, now`` of the schedule in ``content`` and this one, for what may not change while a chain runs.
@@ -196,7 +198,7 @@ class Chain:
         one by one.
 
         Args:
-            has_begun: whether there is a training. Before, how to train may change, but for the seed, by which
+            has_begun: see `has_begun`. Before, how to train may change, but for the seed, by which
                 subjects were dealt to steps.
         """
         before, now = dict(self.content["schedule"]), json.loads(json.dumps(self.schedule.to_dict()))

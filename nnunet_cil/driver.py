@@ -38,7 +38,7 @@ from nnunet_cil.guard import Check, check_step, place_of, read_checks, stops
 from nnunet_cil.launcher import Task, check_launcher, job_states, launch
 from nnunet_cil.parallel import end_with_parent, in_own_process, worker_count
 from nnunet_cil.precision import amp_dtype
-from nnunet_cil.present import has_begun, present_variants
+from nnunet_cil.present import present_variants
 from nnunet_cil.report import write as report_page
 from nnunet_cil.report.figures import plot_mean_dice
 from nnunet_cil.report.paired import paired_table
@@ -302,7 +302,7 @@ def write_report(
     """
     chain = Chain.open(schedule)
     variants, there = present_variants(chain, methods, seeds), present_variants(chain)
-    if must_be_there and not has_begun(chain):
+    if must_be_there and not chain.has_begun():
         raise ValueError(
             f"{chain.folder}: got no training that was begun and no scores, expected some to report. Start with "
             f"`nnunet-cil run {schedule.file}`."

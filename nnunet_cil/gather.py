@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nnunet_cil.chain import CHAIN_FILE, JOINT, Chain, read_chain, write_json
+from nnunet_cil.chain import CHAIN_FILE, JOINT, SCORE_FILES, Chain, read_chain, write_json
 from nnunet_cil.evaluate import check_scores, evaluation_file, scored_as, scored_folds
-from nnunet_cil.present import SCORES
 from nnunet_cil.untrusted import read_json
 
 logger = logging.getLogger(__name__)
@@ -52,7 +51,7 @@ def gather_scores(chain: Chain, folders: Sequence[Path]) -> int:
     new: dict[Path, dict[str, Any]] = {}
     for folder in folders:
         theirs = Chain(chain.schedule, read_chain(folder / CHAIN_FILE))
-        for path in sorted(folder.glob(SCORES)):
+        for path in sorted(folder.glob(SCORE_FILES)):
             content = read_json(path, "scores of test subjects")
             check_scores(content, path)
             target = _place(chain, content, path)

@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_cil.block import BLOCK_KEY
-from nnunet_cil.chain import JOINT, Chain, Variant
+from nnunet_cil.chain import JOINT, SCORE_FILES, Chain, Variant
 from nnunet_cil.untrusted import read_json
 
 logger = logging.getLogger(__name__)
-
-SCORES = "predictions/*/*/scores.json"
 
 
 def present_variants(
@@ -50,11 +48,6 @@ def present_variants(
     return [variant for variants in by_seed for variant in variants]
 
 
-def has_begun(chain: Chain) -> bool:
-    """Whether a training of the chain was begun, or one of its models is scored."""
-    return any(True for _ in _files(chain, prepared=False))
-
-
 def _files(chain: Chain, prepared: bool) -> Iterator[tuple[Path, int | str | None]]:
     """Files that name a method and a seed: plans with their step, scores with None, as they name it themselves."""
     for step in (*chain.schedule.own_steps, JOINT):
@@ -62,7 +55,7 @@ def _files(chain: Chain, prepared: bool) -> Iterator[tuple[Path, int | str | Non
         if prepared:
             plans = chain.preprocessed(step).glob(f"{chain.content['plans_name']}*.json")
             yield from ((path, step) for path in sorted(plans))
-    yield from ((path, None) for path in sorted(chain.folder.glob(SCORES)))
+    yield from ((path, None) for path in sorted(chain.folder.glob(SCORE_FILES)))
 
 
 def _of_scores(content: Mapping[str, Any]) -> tuple[str, int | None, int | str]:

@@ -48,7 +48,7 @@ def start(chain: Chain, planned: bool = True, begun: bool = True) -> None:
     for step in range(1, chain.n_steps + 1):
         write_json(chain.raw(step) / STEP_FILE, {"chain": chain.schedule.name, "step": step, "n_cases": 1})
     if planned and begun:
-        (chain.paths["nnUNet_results"] / chain.dataset_name(1)).mkdir()
+        write_json(chain.results(1) / "model" / "plans.json", {})
 
 
 def test_new_chain_has_consecutive_numbers_and_one_for_joint(schedule):
@@ -233,6 +233,15 @@ def test_how_to_train_may_change_until_a_training_has_begun_but_not_the_seed(sch
     assert chain.content["schedule"]["method"]["lambda_dapd"] == 0.5
     path.write_text(path.read_text(encoding="utf-8").replace("seed: 0", "seed: 1"), encoding="utf-8")
     with pytest.raises(ValueError, match=r"\n  training: seed: chain 0, schedule 1\n"):
+        Chain.open(load_schedule(path))
+
+
+def test_how_to_train_may_not_change_once_models_are_scored_that_were_trained_elsewhere(schedule, tmp_path, source):
+    chain = Chain.open(schedule)
+    start(chain, begun=False)
+    write_json(chain.folder / "predictions" / "nnUNetPlans" / "step1_fold_all" / "scores.json", {})
+    path = write_schedule(tmp_path / "changed.yaml", source, training=", later_lr: 0.001")
+    with pytest.raises(ValueError, match=r"\n  training: later_lr: chain 0.01, schedule 0.001\n"):
         Chain.open(load_schedule(path))
 
 
