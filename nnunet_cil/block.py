@@ -13,6 +13,7 @@ from typing import Any
 
 from nnunet_cil.labels import check_regions
 from nnunet_cil.schedule import METHOD_DEFAULTS, STORED_METHOD_DEFAULTS, Training
+from nnunet_cil.step_files import CHECKPOINT
 
 BLOCK_KEY = "cil"
 
@@ -42,7 +43,7 @@ class StepBlock:
     training: Training = field(default_factory=Training)
     mirror_axes: tuple[int, ...] | None = None
     teacher: str | None = None
-    teacher_checkpoint: str = "checkpoint_final.pth"
+    teacher_checkpoint: str = CHECKPOINT
     network_of: str | None = None
 
     @property

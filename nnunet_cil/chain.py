@@ -17,7 +17,7 @@ from nnunet_cil import nnunet_api
 from nnunet_cil.environment import trainers_dir
 from nnunet_cil.lineage import CHAIN_EXPECTED, CHAIN_FILE, CHANGEABLE_KEYS, check_chain, sealed
 from nnunet_cil.schedule import ABLATIONS, STORED_METHOD_DEFAULTS, Schedule, Training, kept_source
-from nnunet_cil.step_files import read_step_file, write_json
+from nnunet_cil.step_files import CHECKPOINT, PROTOTYPE_FILE, read_step_file, write_json
 from nnunet_cil.untrusted import read_json
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ REPLAY_TRAINER = "nnUNetTrainerReplay"
 
 def is_finished(fold_folder: Path) -> bool:
     """Whether a training has ended, with everything that comes after its last epoch."""
-    if not all((fold_folder / name).is_file() for name in ("checkpoint_final.pth", "prototypes.npz")):
+    if not all((fold_folder / name).is_file() for name in (CHECKPOINT, PROTOTYPE_FILE)):
         return False
     try:  # nnU-Net writes it in place
         read_json(fold_folder / "validation" / "summary.json", "the summary of nnU-Net's validation")
@@ -320,7 +320,7 @@ class Chain:
         """Whether a training has ended, with everything that comes after its last epoch."""
         folder = self.model_folder(variant, step) / f"fold_{fold}"
         if step == 1 and self.schedule.model is not None:
-            return (folder / "checkpoint_final.pth").is_file()
+            return (folder / CHECKPOINT).is_file()
         return is_finished(folder)
 
     def _made(self, folder: Path) -> bool:

@@ -24,14 +24,14 @@ import SimpleITK
 
 from nnunet_cil import nnunet_api
 from nnunet_cil.block import BLOCK_KEY, StepBlock
-from nnunet_cil.chain import JOINT, Chain, Variant, write_json
+from nnunet_cil.chain import JOINT, Chain, Variant
 from nnunet_cil.checkpoint import read_checkpoint
 from nnunet_cil.intensity import set_intensity, warn_of_clipping
 from nnunet_cil.labels import apply_remap, cumulative_labels, remap_table, without_classes
 from nnunet_cil.parallel import over_cases
 from nnunet_cil.plan_override import apply_override
 from nnunet_cil.schedule import Schedule, kept_source
-from nnunet_cil.step_files import STEP_FILE, count_whole_cases, read_step_file
+from nnunet_cil.step_files import STEP_FILE, count_whole_cases, read_step_file, write_json
 from nnunet_cil.teacher import inherited_from
 from nnunet_cil.untrusted import read_json
 

@@ -19,7 +19,7 @@ import torch
 
 from nnunet_cil import nnunet_api
 from nnunet_cil.advice import warn_before_planning
-from nnunet_cil.chain import JOINT, Chain, Variant, has_ablations, method_of, write_json
+from nnunet_cil.chain import JOINT, Chain, Variant, has_ablations, method_of
 from nnunet_cil.dataset import block_of, prepare_chain, write_test_set
 from nnunet_cil.environment import trainer_path_variable
 from nnunet_cil.evaluate import (
@@ -45,6 +45,7 @@ from nnunet_cil.report.paired import paired_table
 from nnunet_cil.report.table import KEEPS_SCANS, marked, score_table
 from nnunet_cil.report.words import fate_of_old
 from nnunet_cil.schedule import ABLATIONS, Schedule, in_effect, load_schedule
+from nnunet_cil.step_files import write_json
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnunet_cil import nnunet_api
-from nnunet_cil.chain import JOINT, Chain, Variant, write_json
+from nnunet_cil.chain import JOINT, Chain, Variant
 from nnunet_cil.checkpoint import read_checkpoint
 from nnunet_cil.host_memory import keeping_freed_memory
 from nnunet_cil.labels import cumulative_labels
@@ -25,8 +25,9 @@ from nnunet_cil.metrics import NO_FORWARD_TRANSFER, final_means, gap_to_joint, o
 from nnunet_cil.parallel import over_cases
 from nnunet_cil.report.paired import Scores, paired_differences
 from nnunet_cil.report.table import FinalScores, Row, marked
+from nnunet_cil.step_files import CHECKPOINT, COST_FILE, PROTOTYPE_FILE, REPLAY_FILE, write_json
 from nnunet_cil.surface_scores import ABSENCES, absence
-from nnunet_cil.teacher import PROTOTYPE_FILE, sha256_of
+from nnunet_cil.teacher import sha256_of
 from nnunet_cil.untrusted import is_ending, is_name, read_json
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,6 @@ logger = logging.getLogger(__name__)
 TYPICAL_COMPRESSION = 50  # of a label file
 SCORES = ("dice", "nsd", "hd95_mm")
 HIGHER_IS_BETTER = ("dice", "nsd")
-REPLAY_FILE = "replay.json"
 ENSEMBLE = "ensemble"
 """In place of a fold: the mean prediction of all folds, as of ``nnUNetv2_predict -f 0 1 2``."""
 UNLABELLED = "unlabelled"
@@ -76,7 +76,7 @@ def _members(chain: Chain, fold: int | str) -> tuple[int | str, ...]:
 
 def _checkpoints(chain: Chain, variant: Variant, step: int | str, fold: int | str) -> list[Path]:
     model = chain.model_folder(variant, step)
-    return [model / f"fold_{member}" / "checkpoint_final.pth" for member in _members(chain, fold)]
+    return [model / f"fold_{member}" / CHECKPOINT for member in _members(chain, fold)]
 
 
 def _name(step: int | str) -> str:
@@ -573,7 +573,7 @@ def _costs(chain: Chain, run: _Run) -> dict[str, Any]:
     if run.fold == ENSEMBLE:
         return {}
     found = {
-        _name(step): _fold_folders(chain, run, step)[0] / "cost.json" for step in _steps(chain, run.variant).values()
+        _name(step): _fold_folders(chain, run, step)[0] / COST_FILE for step in _steps(chain, run.variant).values()
     }
     return {name: _read_numbers(path, "the cost of a step") for name, path in found.items() if path.is_file()}
 

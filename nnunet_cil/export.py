@@ -15,20 +15,19 @@ from typing import Any
 import torch
 
 from nnunet_cil.block import BLOCK_KEY
-from nnunet_cil.chain import JOINT, Chain, Variant, write_json
+from nnunet_cil.chain import JOINT, Chain, Variant
 from nnunet_cil.checkpoint import read_checkpoint
 from nnunet_cil.dataset import dataset_json_of
 from nnunet_cil.evaluate import evaluation_file, score_matrix
 from nnunet_cil.given_model import GivenModel, opened_zip
-from nnunet_cil.lineage import LINEAGE_FILE, Files, check_fold, exported, sealed
+from nnunet_cil.lineage import Files, check_fold, exported, sealed
 from nnunet_cil.report.table import marked
-from nnunet_cil.step_files import read_step_file
-from nnunet_cil.teacher import PROTOTYPE_FILE, sha256_of
+from nnunet_cil.step_files import CHECKPOINT, LINEAGE_FILE, PROTOTYPE_FILE, read_step_file, write_json
+from nnunet_cil.teacher import sha256_of
 from nnunet_cil.untrusted import parse_json
 
 CARD_FILE = "model_card.json"
 STOCK_TRAINER = "nnUNetTrainer"
-CHECKPOINT = "checkpoint_final.pth"
 KEPT_OF_CHECKPOINT = ("network_weights", "inference_allowed_mirroring_axes")
 KEPT_OF_DATASET = ("channel_names", "labels", "numTraining", "file_ending", "overwrite_image_reader_writer")
 MAX_CARD_BYTES = 1_000_000

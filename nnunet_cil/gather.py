@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nnunet_cil.chain import CHAIN_FILE, JOINT, SCORE_FILES, Chain, read_chain, write_json
+from nnunet_cil.chain import CHAIN_FILE, JOINT, SCORE_FILES, Chain, read_chain
 from nnunet_cil.evaluate import check_scores, evaluation_file, scored_as, scored_folds
+from nnunet_cil.step_files import write_json
 from nnunet_cil.untrusted import read_json
 
 logger = logging.getLogger(__name__)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -17,11 +16,9 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from nnunet_cil.labels import check_regions
+from nnunet_cil.step_files import CHECKPOINT, LINEAGE_FILE, PROTOTYPE_FILE, write_json
 from nnunet_cil.untrusted import EXPECTED_ENDING, EXPECTED_NAME, MAX_JSON_BYTES, is_ending, is_name, parse_json
 
-CHECKPOINT = "checkpoint_final.pth"
-PROTOTYPES = "prototypes.npz"
-LINEAGE = "lineage.json"
 MAX_BYTES = 50_000_000_000
 MAX_RATIO = 100  # of what a zip unpacks to; weights hardly shrink
 SMALL_BYTES = 100_000_000  # below which the ratio does not matter
@@ -94,10 +91,10 @@ class GivenModel:
         partial.mkdir(parents=True)
         try:
             for name, content in (("plans.json", self.plans), ("dataset.json", self.dataset_json)):
-                (partial / name).write_text(json.dumps(content, indent=1) + "\n")
+                write_json(partial / name, content)
             for fold in folds:
                 (partial / f"fold_{fold}").mkdir()
-                for name in (CHECKPOINT, PROTOTYPES, LINEAGE):
+                for name in (CHECKPOINT, PROTOTYPE_FILE, LINEAGE_FILE):
                     self._copy(f"fold_{self.fold_for(fold)}/{name}", partial / f"fold_{fold}" / name)
                 check(partial / f"fold_{fold}" / CHECKPOINT)
             os.replace(partial, target)

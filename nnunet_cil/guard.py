@@ -20,14 +20,14 @@ import torch
 from numpy.typing import NDArray
 
 from nnunet_cil import nnunet_api
-from nnunet_cil.chain import JOINT, Chain, Variant, write_json
+from nnunet_cil.chain import JOINT, Chain, Variant
 from nnunet_cil.evaluate import evaluation_file, score_matrix
-from nnunet_cil.given_model import CHECKPOINT
 from nnunet_cil.prototypes import PrototypeStore
 from nnunet_cil.report.prototype_change import alignment
 from nnunet_cil.report.words import Outcome, fate, listed
 from nnunet_cil.schedule import Guard
-from nnunet_cil.teacher import PROTOTYPE_FILE, load_teacher, sha256_of
+from nnunet_cil.step_files import CHECKPOINT, PROTOTYPE_FILE, write_json
+from nnunet_cil.teacher import load_teacher, sha256_of
 
 logger = logging.getLogger(__name__)
 

@@ -21,12 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_cil.block import BLOCK_KEY
-from nnunet_cil.given_model import CHECKPOINT
-from nnunet_cil.step_files import write_json
-from nnunet_cil.teacher import PROTOTYPE_FILE, sha256_of
+from nnunet_cil.step_files import CHECKPOINT, LINEAGE_FILE, PROTOTYPE_FILE, write_json
+from nnunet_cil.teacher import sha256_of
 from nnunet_cil.untrusted import EXPECTED_ENDING, MAX_JSON_BYTES, check_extent, is_ending, is_name, read_json
 
-LINEAGE_FILE = "lineage.json"
 CHAIN_FILE = "chain.json"
 FORMAT = 1
 GIVEN = "given"

@@ -33,6 +33,7 @@ from filelock import FileLock
 
 from nnunet_cil.checkpoint import read_checkpoint
 from nnunet_cil.parallel import TELL_EVERY_SECONDS, worker_count
+from nnunet_cil.step_files import CHECKPOINT
 from nnunet_cil.surface_scores import surface_scores
 from nnunet_cil.untrusted import EXPECTED_NAME, is_name
 
@@ -442,8 +443,8 @@ def predict(
     predictor = nnUNetPredictor(device=device, allow_tqdm=False)
     try:
         for fold in folds:  # nnU-Net unpickles them
-            read_checkpoint(model_folder / f"fold_{fold}" / "checkpoint_final.pth", mapped=True)
-        predictor.initialize_from_trained_model_folder(str(model_folder), tuple(folds), "checkpoint_final.pth")
+            read_checkpoint(model_folder / f"fold_{fold}" / CHECKPOINT, mapped=True)
+        predictor.initialize_from_trained_model_folder(str(model_folder), tuple(folds), CHECKPOINT)
     except UNREADABLE as error:
         raise ValueError(
             f"{model_folder}: got an unreadable model ({type(error).__name__}: {error}), expected the finished one of "

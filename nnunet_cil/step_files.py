@@ -1,4 +1,4 @@
-"""Small files of a chain: how they are written, and which ones make a step's preprocessed dataset whole."""
+"""Files of a step: what those of a fold are called, how small ones are written, and which make a dataset whole."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from typing import Any
 from nnunet_cil.untrusted import read_json
 
 STEP_FILE = "cil_step.json"
+CHECKPOINT = "checkpoint_final.pth"
+PROTOTYPE_FILE = "prototypes.npz"
+LINEAGE_FILE = "lineage.json"
+COST_FILE = "cost.json"
+REPLAY_FILE = "replay.json"
 
 
 def write_json(path: Path, content: Any) -> None:

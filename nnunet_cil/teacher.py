@@ -17,9 +17,9 @@ from nnunet_cil.block import BLOCK_KEY
 from nnunet_cil.checkpoint import read_checkpoint
 from nnunet_cil.features import last_decoder_stage
 from nnunet_cil.prototypes import PrototypeStore
+from nnunet_cil.step_files import CHECKPOINT, PROTOTYPE_FILE
 from nnunet_cil.untrusted import read_json
 
-PROTOTYPE_FILE = "prototypes.npz"
 _HEAD = "decoder.seg_layers."
 
 
@@ -130,7 +130,7 @@ def inherited_from(model_folder: Path, fold: int | str) -> dict[str, Any]:
         FileNotFoundError: as `load_teacher`.
         ValueError: as `load_teacher`; so also a network that cannot be extended, or a trainer that is not found.
     """
-    model = load_teacher(model_folder, fold, "checkpoint_final.pth", torch.device("cpu"))
+    model = load_teacher(model_folder, fold, CHECKPOINT, torch.device("cpu"))
     network_of = (model.plans.get(BLOCK_KEY) or {}).get("network_of")
     if nnunet_api.has_own_network(model.trainer):
         network_of = model.trainer

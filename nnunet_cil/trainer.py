@@ -60,14 +60,19 @@ from nnunet_cil.pseudo_labels import (
     only_organs,
     rule_out,
 )
-from nnunet_cil.step_files import check_step_files, read_step_file, write_json
-from nnunet_cil.teacher import PROTOTYPE_FILE, Teacher, check_teacher, fuse_weights, grow_head, load_teacher, sha256_of
+from nnunet_cil.step_files import (
+    CHECKPOINT,
+    COST_FILE,
+    PROTOTYPE_FILE,
+    REPLAY_FILE,
+    check_step_files,
+    read_step_file,
+    write_json,
+)
+from nnunet_cil.teacher import Teacher, check_teacher, fuse_weights, grow_head, load_teacher, sha256_of
 
-COST_FILE = "cost.json"
-REPLAY_FILE = "replay.json"
 SHARE_OF_SAVING = 0.02  # of a training's time, up to which a checkpoint is written after every epoch
 LATEST_CHECKPOINT = "checkpoint_latest.pth"  # nnU-Net resumes from it even where checkpoint_best.pth is newer
-FINAL_CHECKPOINT = "checkpoint_final.pth"
 
 
 class WarmupPolyLRScheduler(PolyLRScheduler):
@@ -679,7 +684,7 @@ class IncrementalTrainer(nnUNetTrainer):
             )
         super().load_checkpoint(filename)  # nnU-Net's takes a dict by its signature, but fails on one
         self._resumed = resumed
-        self._is_fused = Path(filename).name == FINAL_CHECKPOINT
+        self._is_fused = Path(filename).name == CHECKPOINT
         self._seconds_training = resumed["seconds_training"]
         self._seconds_preparing = resumed.get("seconds_preparing", 0.0)  # not in those of earlier versions
 
@@ -751,7 +756,7 @@ class IncrementalTrainer(nnUNetTrainer):
         network = unwrap(self.network).eval()
         sha256 = ""
         if self.local_rank == 0 and not self.disable_checkpointing:
-            sha256 = sha256_of(Path(self.output_folder, FINAL_CHECKPOINT))
+            sha256 = sha256_of(Path(self.output_folder, CHECKPOINT))
         store = self._extract(network, training, self.block.n_classes, sha256, previous)
         return replace(store, in_one_piece=pieces), sha256
 
@@ -771,7 +776,7 @@ class IncrementalTrainer(nnUNetTrainer):
         folder, labels = Path(self.output_folder), Path(self.preprocessed_dataset_folder_base, "gt_segmentations")
         unnamed = folder / f".{PROTOTYPE_FILE}"  # gets its name last: with it, a training counts as ended
         store.save(unnamed)
-        known = {FINAL_CHECKPOINT: sha256, PROTOTYPE_FILE: sha256_of(unnamed)}
+        known = {CHECKPOINT: sha256, PROTOTYPE_FILE: sha256_of(unnamed)}
         write_lineage(folder, type(self).__name__, labels, self._teacher_link, known)
         os.replace(unnamed, folder / PROTOTYPE_FILE)
         self.print_to_log_file(f"Prototypes of {list(store.class_names)} stored, tau {store.tau:.4f}")

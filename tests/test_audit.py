@@ -12,7 +12,7 @@ import pytest
 
 from nnunet_cil import driver
 from nnunet_cil.audit import _named, audit_chain, audit_text, check_forget, forget
-from nnunet_cil.chain import Chain, is_finished, write_json
+from nnunet_cil.chain import Chain, is_finished
 from nnunet_cil.cli.main import main
 from nnunet_cil.dataset import prepare_chain
 from nnunet_cil.driver import variants_of
@@ -20,7 +20,7 @@ from nnunet_cil.lineage import Files, verify_chain
 from nnunet_cil.prototypes import PrototypeStore
 from nnunet_cil.pseudo_labels import kept_cases_of
 from nnunet_cil.schedule import ScheduleError, load_schedule
-from nnunet_cil.step_files import check_step_files
+from nnunet_cil.step_files import check_step_files, write_json
 from tests.conftest import write_schedule, write_tiny_dataset
 from tests.test_given_model import write_model
 from tests.test_trainer import fold_of, module_patch, train  # noqa: F401  (a fixture)

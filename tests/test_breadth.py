@@ -19,7 +19,7 @@ from nnunetv2.run.run_training import get_trainer_from_args, run_training
 from torch import nn
 
 from nnunet_cil import nnunet_api
-from nnunet_cil.chain import Chain, write_json
+from nnunet_cil.chain import Chain
 from nnunet_cil.cli.main import main
 from nnunet_cil.dataset import prepare_chain
 from nnunet_cil.driver import prepare, variants_of
@@ -28,6 +28,7 @@ from nnunet_cil.export import export_model
 from nnunet_cil.given_model import read_model
 from nnunet_cil.plan_override import apply_override
 from nnunet_cil.schedule import PlanOverride, ScheduleError, load_schedule
+from nnunet_cil.step_files import write_json
 from nnunet_cil.teacher import inherited_from, sha256_of
 from nnunet_cil.trainer import IncrementalTrainer, unwrap
 from tests.conftest import write_tiny_dataset

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from nnunet_cil.chain import FIRST_FREE_ID, JOINT, Chain, Variant, method_of, resolve_method, write_json
+from nnunet_cil.chain import FIRST_FREE_ID, JOINT, Chain, Variant, method_of, resolve_method
 from nnunet_cil.schedule import Schedule, load_schedule
-from nnunet_cil.step_files import STEP_FILE
+from nnunet_cil.step_files import STEP_FILE, write_json
 from tests.conftest import write_schedule, write_tiny_dataset
 
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")

@@ -20,7 +20,7 @@ from PIL import Image
 
 from nnunet_cil import dataset, nnunet_api
 from nnunet_cil.block import BLOCK_KEY, StepBlock
-from nnunet_cil.chain import JOINT, Chain, write_json
+from nnunet_cil.chain import JOINT, Chain
 from nnunet_cil.dataset import (
     check_sources,
     disjoint_parts,
@@ -32,7 +32,7 @@ from nnunet_cil.dataset import (
 )
 from nnunet_cil.evaluate import scored_as
 from nnunet_cil.schedule import Schedule, load_schedule
-from nnunet_cil.step_files import STEP_FILE, check_step_files, read_step_file
+from nnunet_cil.step_files import STEP_FILE, check_step_files, read_step_file, write_json
 from tests.conftest import write_schedule, write_tiny_dataset
 
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nnunet_cil import evaluate, nnunet_api
-from nnunet_cil.chain import JOINT, Chain, write_json
+from nnunet_cil.chain import JOINT, Chain
 from nnunet_cil.evaluate import (
     collect_scores,
     count_parameters,
@@ -25,6 +25,7 @@ from nnunet_cil.evaluate import (
 from nnunet_cil.given_model import GivenModel
 from nnunet_cil.report.table import score_table
 from nnunet_cil.schedule import TestSet, load_schedule
+from nnunet_cil.step_files import write_json
 from tests.conftest import write_schedule, write_tiny_dataset
 
 NAN = float("nan")

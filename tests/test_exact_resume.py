@@ -8,7 +8,8 @@ import shutil
 import pytest
 import torch
 
-from nnunet_cil.chain import Chain, write_json
+from nnunet_cil.chain import Chain
+from nnunet_cil.step_files import write_json
 from tests.test_trainer import fold_of, make_chain, module_patch, train, trainer_of  # noqa: F401  (a fixture)
 
 

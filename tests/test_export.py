@@ -15,10 +15,11 @@ import pytest
 import SimpleITK
 import torch
 
-from nnunet_cil.chain import Chain, write_json
+from nnunet_cil.chain import Chain
 from nnunet_cil.cli.main import main
 from nnunet_cil.environment import trainer_path_variable
 from nnunet_cil.export import CARD_FILE, card_text, export_model, read_card
+from nnunet_cil.step_files import write_json
 from tests import shell
 from tests.test_trainer import make_chain, module_patch, train  # noqa: F401  (a fixture)
 

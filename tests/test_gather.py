@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from nnunet_cil import driver
-from nnunet_cil.chain import Chain, write_json
+from nnunet_cil.chain import Chain
 from nnunet_cil.dataset import write_test_set
 from nnunet_cil.evaluate import evaluation_file
 from nnunet_cil.gather import gather_scores
 from nnunet_cil.present import present_variants
 from nnunet_cil.schedule import load_schedule
+from nnunet_cil.step_files import write_json
 from nnunet_cil.teacher import sha256_of
 from tests.conftest import write_schedule, write_tiny_dataset
 

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from nnunet_cil import nnunet_api
-from nnunet_cil.chain import Chain, write_json
+from nnunet_cil.chain import Chain
 from nnunet_cil.cli.main import main
 from nnunet_cil.dataset import prepare_chain
 from nnunet_cil.driver import prepare, run, variants_of, write_report
@@ -23,6 +23,7 @@ from nnunet_cil.given_model import read_model
 from nnunet_cil.guard import read_checks
 from nnunet_cil.prototypes import PrototypeStore
 from nnunet_cil.schedule import ScheduleError, load_schedule
+from nnunet_cil.step_files import write_json
 from nnunet_cil.teacher import load_teacher
 from tests.conftest import write_tiny_dataset
 from tests.fuzz import test_files as fuzz

@@ -9,9 +9,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS = (
-    {"untrusted", "checkpoint", "host_memory"},
+    {"untrusted", "checkpoint", "host_memory", "step_files"},
     {"labels", "schedule", "metrics", "losses", "prototypes", "features", "parallel", "surface_scores", "given_model"},
-    {"nnunet_api", "environment", "phantom", "convert", "step_files", "logging_terms", "precision"},
+    {"nnunet_api", "environment", "phantom", "convert", "logging_terms", "precision"},
     {"teacher", "block", "lineage", "plan_override", "intensity", "extraction", "pseudo_labels", "imprinting"},
     {"objectives", "chain"},
     {"trainer", "dataset"},

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nnunet_cil.chain import Chain, write_json
+from nnunet_cil.chain import Chain
 from nnunet_cil.cli.main import main
 from nnunet_cil.export import CARD_FILE, export_model
 from nnunet_cil.lineage import (
@@ -27,6 +27,7 @@ from nnunet_cil.lineage import (
     teacher_link,
 )
 from nnunet_cil.schedule import load_schedule
+from nnunet_cil.step_files import write_json
 from nnunet_cil.teacher import sha256_of
 from tests.test_trainer import fold_of, make_chain, module_patch, train, trainer_of  # noqa: F401  (a fixture)
 

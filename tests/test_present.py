@@ -8,9 +8,10 @@ import logging
 import pytest
 
 from nnunet_cil import driver
-from nnunet_cil.chain import JOINT, Chain, write_json
+from nnunet_cil.chain import JOINT, Chain
 from nnunet_cil.dataset import block_of
 from nnunet_cil.present import present_variants
+from nnunet_cil.step_files import write_json
 from tests.test_gather import chain_with_test_set, score
 
 

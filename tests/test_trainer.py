@@ -14,13 +14,14 @@ import torch
 from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint, run_training
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from nnunet_cil.chain import Chain, write_json
+from nnunet_cil.chain import Chain
 from nnunet_cil.dataset import prepare_chain
 from nnunet_cil.driver import variants_of
 from nnunet_cil.environment import trainer_path_variable
 from nnunet_cil.losses.distillation import fold_logits
 from nnunet_cil.prototypes import PrototypeStore
 from nnunet_cil.schedule import load_schedule
+from nnunet_cil.step_files import write_json
 from nnunet_cil.teacher import grow_head
 from nnunet_cil.trainer import IncrementalTrainer, unwrap
 from tests.conftest import write_schedule, write_tiny_dataset

@@ -7,13 +7,14 @@ import pytest
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from nnunet_cil.chain import Chain, write_json
+from nnunet_cil.chain import Chain
 from nnunet_cil.dataset import prepare_chain
 from nnunet_cil.driver import variants_of
 from nnunet_cil.environment import trainer_path_variable
 from nnunet_cil.losses.partial import NEVER
 from nnunet_cil.prototypes import PrototypeStore
 from nnunet_cil.schedule import load_schedule
+from nnunet_cil.step_files import write_json
 from nnunet_cil.teacher import load_teacher
 from nnunet_cil.trainer import unwrap
 from tests.conftest import write_tiny_dataset

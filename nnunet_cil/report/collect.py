@@ -31,6 +31,7 @@ from nnunet_cil.guard import GUARD_FILE, Check, checks_of, place_of
 from nnunet_cil.prototypes import PrototypeStore
 from nnunet_cil.report.table import Row
 from nnunet_cil.schedule import Guard
+from nnunet_cil.step_files import COST_FILE, PROTOTYPE_FILE
 from nnunet_cil.untrusted import read_json
 
 logger = logging.getLogger(__name__)
@@ -396,8 +397,8 @@ def _model(chain: Chain, owner: Variant, step: int | str, fold: int | str, probl
         test_sha256=hashes[1],
         predictions=predictions if evaluation and predictions.is_dir() else None,
         terms=read_terms(folder),
-        prototypes=_prototypes(folder / "prototypes.npz", title, problems),
-        cost=_read_json(folder / "cost.json", f"the cost of {title}", problems, check_cost),
+        prototypes=_prototypes(folder / PROTOTYPE_FILE, title, problems),
+        cost=_read_json(folder / COST_FILE, f"the cost of {title}", problems, check_cost),
         machine=_machine(folder, debug, device),
         train_command="" if is_given else _train_command(chain, owner, step, fold, device),
         predict_command=predict_line(chain, owner, step, fold, _IMAGES),

@@ -26,16 +26,17 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnunet_cil.chain import JOINT, Chain, write_json
+from nnunet_cil.chain import JOINT, Chain
 from nnunet_cil.checkpoint import read_checkpoint
 from nnunet_cil.cli.main import ERRORS
 from nnunet_cil.convert import msd, totalsegmentator
 from nnunet_cil.export import CARD_FILE, read_card, verify_export
 from nnunet_cil.given_model import read_model
-from nnunet_cil.lineage import LINEAGE_FILE, Files, sealed, teacher_link, verify_chain, write_lineage
+from nnunet_cil.lineage import Files, sealed, teacher_link, verify_chain, write_lineage
 from nnunet_cil.nnunet_api import build_network
 from nnunet_cil.report.collect import collect
 from nnunet_cil.schedule import load_schedule
+from nnunet_cil.step_files import LINEAGE_FILE, write_json
 from nnunet_cil.teacher import load_teacher, sha256_of
 from tests.convert.made_up import TOTAL_ORGANS, make_msd, make_totalsegmentator
 from tests.fuzz.damage import in_bytes, in_file, in_json, in_structure, in_zip

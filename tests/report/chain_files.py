@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import SimpleITK
 
-from nnunet_cil.chain import JOINT, Chain, Variant, write_json
-from nnunet_cil.evaluate import REPLAY_FILE, evaluation_file, scored_as
+from nnunet_cil.chain import JOINT, Chain, Variant
+from nnunet_cil.evaluate import evaluation_file, scored_as
 from nnunet_cil.prototypes import PrototypeStore
 from nnunet_cil.schedule import load_schedule
+from nnunet_cil.step_files import REPLAY_FILE, write_json
 from tests.conftest import write_tiny_dataset
 
 STEPS = (("ball", "tube"), ("blob",))
