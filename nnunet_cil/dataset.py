@@ -33,7 +33,7 @@ from nnunet_cil.plan_override import apply_override
 from nnunet_cil.schedule import Schedule, kept_source
 from nnunet_cil.step_files import STEP_FILE, count_whole_cases, read_step_file, write_json
 from nnunet_cil.teacher import inherited_from
-from nnunet_cil.untrusted import read_json
+from nnunet_cil.untrusted import dataset_json_of, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -60,11 +60,6 @@ class Case:
     label: Path
     table: Mapping[int, int]
     labelled: tuple[int, ...]
-
-
-def dataset_json_of(folder: Path) -> dict[str, Any]:
-    """A raw dataset's dataset.json."""
-    return read_json(folder / "dataset.json", "that of a dataset of nnU-Net")
 
 
 def final_labels(schedule: Schedule, step: int, own: Mapping[str, Any]) -> dict[str, int]:

@@ -17,14 +17,13 @@ import torch
 from nnunet_cil.block import BLOCK_KEY
 from nnunet_cil.chain import JOINT, Chain, Variant
 from nnunet_cil.checkpoint import read_checkpoint
-from nnunet_cil.dataset import dataset_json_of
 from nnunet_cil.evaluate import evaluation_file, score_matrix
 from nnunet_cil.given_model import GivenModel, opened_zip
 from nnunet_cil.lineage import Files, check_fold, exported, sealed
 from nnunet_cil.report.table import marked
 from nnunet_cil.step_files import CHECKPOINT, LINEAGE_FILE, PROTOTYPE_FILE, read_step_file, write_json
 from nnunet_cil.teacher import sha256_of
-from nnunet_cil.untrusted import parse_json
+from nnunet_cil.untrusted import dataset_json_of, parse_json
 
 CARD_FILE = "model_card.json"
 STOCK_TRAINER = "nnUNetTrainer"

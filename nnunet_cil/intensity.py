@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 
 from nnunet_cil import nnunet_api
 from nnunet_cil.schedule import Intensity
+from nnunet_cil.untrusted import dataset_json_of
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def set_intensity(plans: Mapping[str, Any], intensity: Intensity, raw: Path) -> 
 def _whole_image_properties(raw: Path, n_channels: int) -> dict[str, dict[str, float]]:
     rng = np.random.default_rng(0)
     samples: list[list[np.ndarray]] = [[] for _ in range(n_channels)]
-    dataset_json = json.loads((raw / "dataset.json").read_text(encoding="utf-8"))
+    dataset_json = dataset_json_of(raw)
     for images, _ in nnunet_api.training_cases(raw).values():
         reader = nnunet_api.reader_writer(dataset_json, images[0])
         data, _ = reader.read_images([str(path) for path in images])

@@ -35,7 +35,7 @@ from nnunet_cil.checkpoint import read_checkpoint
 from nnunet_cil.parallel import TELL_EVERY_SECONDS, worker_count
 from nnunet_cil.step_files import CHECKPOINT
 from nnunet_cil.surface_scores import surface_scores
-from nnunet_cil.untrusted import EXPECTED_NAME, is_name
+from nnunet_cil.untrusted import EXPECTED_NAME, dataset_json_of, is_name
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def training_cases(raw_folder: Path) -> dict[str, tuple[list[Path], Path]]:
     """
     from nnunetv2.utilities import utils
 
-    dataset_json = json.loads((raw_folder / "dataset.json").read_text(encoding="utf-8"))
+    dataset_json = dataset_json_of(raw_folder)
     if "dataset" in dataset_json:
         named = utils.get_filenames_of_train_images_and_targets(str(raw_folder), dataset_json)
         listed = {

@@ -25,6 +25,7 @@ from nnunet_cil.untrusted import (
     EXPECTED_NAME,
     MAX_NAME_BYTES,
     check_extent,
+    dataset_json_of,
     is_ending,
     is_name,
     read_json,
@@ -472,7 +473,7 @@ class _Reader:
         folder = source or (steps[-1].dataset if steps else None)
         if folder is None or not intensity.given:
             return
-        names = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["channel_names"]
+        names = dataset_json_of(folder)["channel_names"]
         if unknown := sorted(set(intensity.given) - {str(channel) for channel in names}):
             self.problem("intensity: given", f"channels {unknown}", f"channel numbers of {folder.name}: {dict(names)}")
 
@@ -798,7 +799,7 @@ class _Reader:
 
     @staticmethod
     def _lists_files(folder: Path) -> bool:
-        return "dataset" in json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+        return "dataset" in dataset_json_of(folder)
 
     def _labels_of(self, key: str, folder: Path) -> dict[str, int] | None:
         path, n_problems = folder / "dataset.json", len(self.problems)
@@ -909,7 +910,7 @@ class _Reader:
         return Step(tuple(names))
 
     def _check_own_names(self, key: str, names: Sequence[str], folder: Path) -> None:
-        labels = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["labels"]
+        labels = dataset_json_of(folder)["labels"]
         for name in names:
             if name not in labels:
                 near = difflib.get_close_matches(name, labels, 1)
@@ -941,7 +942,7 @@ class _Reader:
         path = self._file(key, value, folder, UNLABELLED) if value is not None else own[0] if own else None
         cases = _cases_in(folder / "imagesTr") | _cases_in(folder / "imagesTs")
         if self._lists_files(folder):
-            cases |= set(json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["dataset"])
+            cases |= set(dataset_json_of(folder)["dataset"])
         return self._read_unlabelled(key, path, cases, self._labels_of(key, folder) or {})
 
     def _read_unlabelled(
@@ -990,7 +991,7 @@ class _Reader:
 
     def _class_map(self, key: str, value: Any, folder: Path | None) -> dict[str, str | None] | None:
         if isinstance(value, dict) and folder is not None:  # own labels may be given by number
-            labels = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["labels"]
+            labels = dataset_json_of(folder)["labels"]
             names = {int(number): name for name, number in labels.items()}
             if unknown := [own for own in value if _is_int(own) and own not in names]:
                 known = ", ".join(f"{number} {name}" for number, name in names.items() if name not in RESERVED)
@@ -1117,7 +1118,7 @@ class _Reader:
         if not isinstance(subjects, (list, tuple)) or not subjects or not all(isinstance(s, str) for s in subjects):
             self.problem(f"{key}: subjects", repr(subjects), "a list of subject names")
             return None
-        ending = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["file_ending"]
+        ending = dataset_json_of(folder)["file_ending"]
         missing = [s for s in subjects if not (is_name(s) and (images / f"{s}_0000{ending}").is_file())]
         if missing and not self._lists_files(folder):
             shown = f"{missing[:5]}{' ...' * (len(missing) > 5)}"

@@ -99,3 +99,8 @@ def read_json(path: Path, expected: str) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: got no file, expected {expected}.")
     with path.open("rb") as file:
         return parse_json(file.read(MAX_JSON_BYTES + 1), path, expected)
+
+
+def dataset_json_of(folder: Path) -> dict[str, Any]:
+    """The ``dataset.json`` of a dataset or model of nnU-Net. Errors as `read_json`."""
+    return read_json(folder / "dataset.json", "that of a dataset of nnU-Net")
