@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from nnunet_cil.labels import check_regions
+from nnunet_cil.labels import check_regions, classes_of
 from nnunet_cil.schedule import METHOD_DEFAULTS, STORED_METHOD_DEFAULTS, Training
 from nnunet_cil.step_files import CHECKPOINT
 
@@ -95,8 +95,7 @@ class StepBlock:
         where = f"dataset.json of {plans.get('dataset_name', 'this dataset')}"
         labels = dataset_json["labels"]
         check_regions(labels, where)
-        foreground = {name: value for name, value in labels.items() if name not in ("background", "ignore")}
-        by_value = tuple(sorted(foreground, key=lambda name: int(foreground[name])))
+        by_value = classes_of(labels)
         raw = plans.get(BLOCK_KEY)
         if raw is None:
             untouched = Training(seed=None, checkpoint_minutes=30.0, validation_cases=sys.maxsize)
@@ -124,7 +123,7 @@ class StepBlock:
             )
         )
         expected = (*block.old_classes, *block.new_classes)
-        if by_value != expected or sorted(foreground.values()) != list(range(1, len(expected) + 1)):
+        if by_value != expected or [labels[name] for name in by_value] != list(range(1, len(expected) + 1)):
             raise ValueError(
                 f"{where}: got labels {dict(labels)}, expected {list(expected)} numbered 1..{len(expected)} in the "
                 "order learned. Do not edit a step's dataset.json: change the schedule and run `nnunet-cil prepare`."

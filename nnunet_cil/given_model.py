@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from nnunet_cil.labels import check_regions
+from nnunet_cil.labels import RESERVED, check_regions, classes_of
 from nnunet_cil.step_files import CHECKPOINT, LINEAGE_FILE, PROTOTYPE_FILE, write_json
 from nnunet_cil.untrusted import EXPECTED_ENDING, EXPECTED_NAME, MAX_JSON_BYTES, is_ending, is_name, parse_json
 
@@ -55,8 +55,7 @@ class GivenModel:
     @property
     def classes(self) -> tuple[str, ...]:
         """Foreground classes in the order of the network's outputs."""
-        labels = {k: v for k, v in self.dataset_json["labels"].items() if k not in ("background", "ignore")}
-        return tuple(sorted(labels, key=lambda name: int(labels[name])))
+        return classes_of(self.dataset_json["labels"])
 
     def fold_for(self, fold: int | str) -> int | str:
         """The fold that teaches a training of ``fold``: the same one, or the only one there is.
@@ -211,7 +210,7 @@ def _check_dataset_json(path: Path, content: Mapping[str, Any]) -> None:
     values: list[str] = []
     if isinstance(labels, dict):
         check_regions(labels, f"dataset.json of {path}")
-        values = [str(value) for key, value in labels.items() if key not in ("background", "ignore")]
+        values = [str(value) for key, value in labels.items() if key not in RESERVED]
     if not values or set(values) != {str(n) for n in range(1, len(values) + 1)}:
         raise ValueError(f"{path}: got the labels {labels}, expected foreground labels 1, 2, ... as nnU-Net has them.")
     channels, ending = content.get("channel_names", {}), content.get("file_ending", ".nii.gz")

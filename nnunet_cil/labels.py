@@ -11,6 +11,9 @@ import numpy as np
 
 from nnunet_cil.untrusted import read_json
 
+RESERVED = ("background", "ignore")
+"""Labels of nnU-Net's own, which are no classes."""
+
 
 def cumulative_labels(steps_classes: Sequence[Sequence[str]], step: int) -> dict[str, int]:
     """Labels of a step's dataset: background 0, then the classes of steps 1..step in the order learned.
@@ -21,6 +24,11 @@ def cumulative_labels(steps_classes: Sequence[Sequence[str]], step: int) -> dict
     """
     names = [name for classes in steps_classes[:step] for name in classes]
     return {"background": 0, **{name: value for value, name in enumerate(names, 1)}}
+
+
+def classes_of(labels: Mapping[str, Any]) -> tuple[str, ...]:
+    """Foreground classes of a dataset.json, in the order of their values and so of a network's outputs."""
+    return tuple(sorted((name for name in labels if name not in RESERVED), key=lambda name: int(labels[name])))
 
 
 def check_regions(labels: Mapping[str, Any], where: str) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from nnunet_cil.given_model import GivenModel, check_plans, read_model
-from nnunet_cil.labels import check_regions, read_unlabelled
+from nnunet_cil.labels import RESERVED, check_regions, read_unlabelled
 from nnunet_cil.untrusted import (
     EXPECTED_ENDING,
     EXPECTED_NAME,
@@ -96,7 +96,6 @@ DEVICES = ("auto", "cuda", "cpu", "mps")
 ON_FORGETTING = ("warn", "stop")
 SET_BY_KEYS = ("partition", "account", "gpus-per-node", "cpus-per-task", "mem", "time")
 SET_BY_US = ("array", "dependency", "error", "kill-on-invalid-dep", "open-mode", "output", "requeue", "signal")
-RESERVED = ("background", "ignore")
 UNLABELLED_FILES = ("unlabelled.csv", "unlabelled.json")
 UNLABELLED = "a CSV with the columns case and class, or a JSON object of cases with lists of labels"
 MIN_STAGES = 3

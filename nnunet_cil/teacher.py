@@ -16,6 +16,7 @@ from nnunet_cil import nnunet_api
 from nnunet_cil.block import BLOCK_KEY
 from nnunet_cil.checkpoint import read_checkpoint
 from nnunet_cil.features import last_decoder_stage
+from nnunet_cil.labels import classes_of
 from nnunet_cil.prototypes import PrototypeStore
 from nnunet_cil.step_files import CHECKPOINT, PROTOTYPE_FILE
 from nnunet_cil.untrusted import read_json
@@ -47,8 +48,7 @@ class Teacher:
     @property
     def class_names(self) -> tuple[str, ...]:
         """Foreground classes in the order of the network's outputs."""
-        labels = {k: v for k, v in self.dataset_json["labels"].items() if k not in ("background", "ignore")}
-        return tuple(sorted(labels, key=lambda name: int(labels[name])))
+        return classes_of(self.dataset_json["labels"])
 
 
 def sha256_of(path: Path) -> str:
