@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
+from numpy.typing import NDArray
 from torch import nn
 
 from nnunet_cil.features import FeatureTap
@@ -43,6 +45,32 @@ def tiles(shape: Sequence[int], patch_size: Sequence[int]) -> Iterator[tuple[tup
         yield tuple(part[0] for part in combination), tuple(part[1] for part in combination)
 
 
+def labelled_tiles(
+    cases: Iterable[tuple[Any, NDArray]], patch_size: Sequence[int], device: torch.device
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Patches (1, C, *patch_size) that cover each case, with their labels (1, *patch_size), each voxel's once.
+
+    A voxel is ``UNCOUNTED`` where a patch before has covered it; a patch without any other is left out.
+
+    Args:
+        cases: (image (C, *spatial), labels (1, *spatial)).
+        patch_size: of the configuration, two entries for a 2d network.
+    """
+    is_2d = len(patch_size) == 2
+    patch = (1, *patch_size) if is_2d else tuple(patch_size)
+    for image, labels in cases:
+        image = pad_nd_image(np.asarray(image[:]), patch, "constant", {"constant_values": 0})
+        labels = pad_nd_image(labels.astype(np.int64), patch, "constant", {"constant_values": UNCOUNTED})
+        for where, fresh in tiles(image.shape[1:], patch):
+            chosen = np.full(patch, UNCOUNTED, dtype=np.int64)
+            chosen[fresh] = labels[(0, *where)][fresh]
+            if (chosen == UNCOUNTED).all():
+                continue
+            x = torch.from_numpy(np.ascontiguousarray(image[(slice(None), *where)]))[None].float().to(device)
+            y = torch.from_numpy(chosen)[None].to(device)
+            yield (x[:, :, 0], y[:, 0]) if is_2d else (x, y)
+
+
 def accumulate_prototypes(
     network: nn.Module,
     feature_path: str,
@@ -72,32 +100,19 @@ def accumulate_prototypes(
         The accumulator, and the sums (n_classes, D) and counts (n_classes,) of ``features(network) -
         features(earlier)`` in float64 on the CPU. Not yet reduced over ranks; zeros without cases or ``earlier``.
     """
-    is_2d = len(patch_size) == 2
-    patch = (1, *patch_size) if is_2d else tuple(patch_size)
     accumulator = PrototypeAccumulator(n_classes, n_features)
     shift = torch.zeros(n_classes, n_features, dtype=torch.float64)
     shift_counts = torch.zeros(n_classes, dtype=torch.float64)
     taps = [FeatureTap(net, feature_path) for net in (network, earlier) if net is not None]
     try:
-        for image, labels in cases:
-            image, labels = np.asarray(image[:]), np.asarray(labels[:])
-            labels = np.where(labels < 0, 0, labels).astype(np.int64)
-            image = pad_nd_image(image, patch, "constant", {"constant_values": 0})
-            labels = pad_nd_image(labels, patch, "constant", {"constant_values": UNCOUNTED})
-            for where, fresh in tiles(image.shape[1:], patch):
-                chosen = np.full(patch, UNCOUNTED, dtype=np.int64)
-                chosen[fresh] = labels[(0, *where)][fresh]
-                if not ((chosen >= 0) & (chosen < n_classes)).any():
-                    continue
-                x = torch.from_numpy(np.ascontiguousarray(image[(slice(None), *where)]))[None].float().to(device)
-                y = torch.from_numpy(chosen)[None].to(device)
-                x, y = (x[:, :, 0], y[:, 0]) if is_2d else (x, y)
-                features = _features(network, taps[0], x)
-                accumulator.add(features, y)
-                if earlier is not None:
-                    counts, sums = masked_sums(y, n_classes, features - _features(earlier, taps[1], x))
-                    shift += sums.cpu().double()
-                    shift_counts += counts.cpu().double()
+        from_background_on = ((image, np.maximum(labels[:], 0)) for image, labels in cases)
+        for x, y in labelled_tiles(from_background_on, patch_size, device):
+            features = _features(network, taps[0], x)
+            accumulator.add(features, y)
+            if earlier is not None:
+                counts, sums = masked_sums(y, n_classes, features - _features(earlier, taps[1], x))
+                shift += sums.cpu().double()
+                shift_counts += counts.cpu().double()
     finally:
         for tap in taps:
             tap.remove()

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from acvl_utils.cropping_and_padding.padding import pad_nd_image
+from numpy.typing import NDArray
 from torch import nn
 from torch.nn.functional import interpolate
 
-from nnunet_cil.extraction import UNCOUNTED, tiles
+from nnunet_cil.extraction import UNCOUNTED, labelled_tiles
 from nnunet_cil.features import FeatureTap, decoder_stages
 from nnunet_cil.prototypes import masked_sums, reduced
 
@@ -90,34 +90,28 @@ def class_statistics(
         cases: (image (C, *spatial), y^ (1, *spatial)).
         patch_size: of the configuration, two entries for a 2d network.
     """
-    is_2d = len(patch_size) == 2
-    patch = (1, *patch_size) if is_2d else tuple(patch_size)
     heads = enumerate(network.decoder.seg_layers)
     found = {stage: ClassStatistics(n_classes - n_old + 1, head.in_channels) for stage, head in heads}
     taps = [FeatureTap(network, path) for path in decoder_stages(network)]
     try:
-        for image, labels in cases:
-            image = pad_nd_image(np.asarray(image[:]), patch, "constant", {"constant_values": 0})
-            labels = np.asarray(labels[:]).astype(np.int64)
-            is_new = (labels >= n_old) & (labels < n_classes)
-            wanted = np.where(labels == 0, 0, np.where(is_new, labels - n_old + 1, UNCOUNTED))
-            wanted = pad_nd_image(wanted, patch, "constant", {"constant_values": UNCOUNTED})
-            for where, fresh in tiles(image.shape[1:], patch):
-                chosen = np.full(patch, UNCOUNTED, dtype=np.int64)
-                chosen[fresh] = wanted[(0, *where)][fresh]
-                x = torch.from_numpy(np.ascontiguousarray(image[(slice(None), *where)]))[None].float().to(device)
-                y = torch.from_numpy(chosen)[None].to(device)
-                x, y = (x[:, :, 0], y[:, 0]) if is_2d else (x, y)
-                network(x)
-                for stage, tap in enumerate(taps):
-                    features = tap.features.float()
-                    tap.clear()
-                    small = interpolate(y[None].float(), size=features.shape[2:], mode="nearest-exact")[0].long()
-                    found[stage].add(features, small)
+        numbered = ((image, _numbered(np.asarray(labels[:]), n_old, n_classes)) for image, labels in cases)
+        for x, y in labelled_tiles(numbered, patch_size, device):
+            network(x)
+            for stage, tap in enumerate(taps):
+                features = tap.features.float()
+                tap.clear()
+                small = interpolate(y[None].float(), size=features.shape[2:], mode="nearest-exact")[0].long()
+                found[stage].add(features, small)
     finally:
         for tap in taps:
             tap.remove()
     return found
+
+
+def _numbered(labels: NDArray, n_old: int, n_classes: int) -> NDArray:
+    """Background 0, new classes from 1 on, all else ``UNCOUNTED``."""
+    is_new = (labels >= n_old) & (labels < n_classes)
+    return np.where(labels == 0, 0, np.where(is_new, labels - n_old + 1, UNCOUNTED))
 
 
 def imprint(
