@@ -17,7 +17,7 @@ from typing import Any
 from nnunet_cil import nnunet_api
 from nnunet_cil.block import BLOCK_KEY
 from nnunet_cil.chain import JOINT, Chain, is_finished
-from nnunet_cil.dataset import is_prepared, keep_source, step_source
+from nnunet_cil.dataset import file_id, is_prepared, keep_source, step_source
 from nnunet_cil.prototypes import PrototypeStore
 from nnunet_cil.pseudo_labels import kept_cases_of
 from nnunet_cil.step_files import PROTOTYPE_FILE, REPLAY_FILE, STEP_FILE, read_step_file, write_json
@@ -248,12 +248,7 @@ def _holders(chain: Chain) -> dict[Inode, set[str]]:
 def _add(holders: dict[Inode, set[str]], files: Iterable[Path], name: str) -> None:
     for path in files:
         if path.is_file():
-            holders[_inode(path)].add(name)
-
-
-def _inode(path: Path) -> Inode:
-    status = path.stat()
-    return status.st_dev, status.st_ino
+            holders[file_id(path)].add(name)
 
 
 def _called(step: int | str) -> str:
@@ -263,7 +258,7 @@ def _called(step: int | str) -> str:
 def _shared(files: Sequence[Path], step: int | str, holders: Mapping[Inode, Set[str]]) -> str:
     others: dict[str, int] = defaultdict(int)
     for path in files:
-        for name in holders.get(_inode(path), ()) if path.is_file() else ():
+        for name in holders.get(file_id(path), ()) if path.is_file() else ():
             others[name] += name != _called(step)
     return ", ".join(f"{n} also in {name}" for name, n in sorted(others.items()) if n)
 

@@ -93,7 +93,7 @@ def step_cases(schedule: Schedule, step: int) -> list[Case]:
     names = [
         name
         for name in sorted(listed)
-        if not any(path.is_file() and _file_id(path) in held_out for path in listed[name][0])
+        if not any(path.is_file() and file_id(path) in held_out for path in listed[name][0])
     ]
     if schedule.train_subjects is not None and new.dataset is None:
         names = [name for name in names if name in set(schedule.train_subjects)]
@@ -201,10 +201,11 @@ def test_cases(schedule: Schedule) -> dict[str, tuple[int, Case]]:
 
 def _held_out(schedule: Schedule) -> set[tuple[int, int]]:
     """Files of the test images, whatever their path or name."""
-    return {_file_id(path) for _, case in test_cases(schedule).values() for path in case.images}
+    return {file_id(path) for _, case in test_cases(schedule).values() for path in case.images}
 
 
-def _file_id(path: Path) -> tuple[int, int]:
+def file_id(path: Path) -> tuple[int, int]:
+    """The same for all paths and links of one file."""
     status = path.stat()
     return status.st_dev, status.st_ino
 
@@ -473,7 +474,7 @@ def _same_images(cases: Sequence[Case]) -> list[str]:
     first: dict[tuple[int, int], Path] = {}
     found = []
     for path in (path for case in cases for path in case.images if path.is_file()):
-        if (other := first.setdefault(_file_id(path), path)) != path:
+        if (other := first.setdefault(file_id(path), path)) != path:
             found.append(f"{path}: got the same file as {other.name}, expected each image once.")
     return found
 
@@ -597,17 +598,14 @@ def _labels_without_images(folder: Path) -> list[str]:
     ]
 
 
-def link(source: Path, target: Path) -> None:
-    """Hard link; a symbolic link where that is impossible; a copy where neither is."""
-    source = source.resolve()
-    for make in (os.link, os.symlink, shutil.copyfile):
-        try:
-            make(source, target)
-            return
-        except OSError as error:
-            if make is shutil.copyfile:
-                raise
-            logger.debug("%s of %s: %s", make.__name__, source, error)
+def _write_case(case: Case, name: str, images: Path, labels: Path, ending: str, reader: Any) -> None:
+    """Link a case's images and write its labels in the new values."""
+    for channel, image in enumerate(case.images):
+        nnunet_api.link_or_copy(image, images / f"{name}_{channel:04d}{ending}", symbolic=True)
+    seg, properties = reader.read_seg(str(case.label))
+    label = labels / f"{name}{ending}"
+    reader.write_seg(apply_remap(seg[0], case.table), str(label), properties)
+    nnunet_api.check_written(label, reader)
 
 
 def write_raw(chain: Chain, step: int | str, cases: Sequence[Case], labels: Mapping[str, int], source: Path) -> None:
@@ -624,12 +622,7 @@ def write_raw(chain: Chain, step: int | str, cases: Sequence[Case], labels: Mapp
         (partial / name).mkdir(parents=True)
     reader = nnunet_api.reader_writer(own, cases[0].images[0])
     for case in cases:
-        for channel, image in enumerate(case.images):
-            link(image, partial / "imagesTr" / f"{case.name}_{channel:04d}{ending}")
-        seg, properties = reader.read_seg(str(case.label))
-        label = partial / "labelsTr" / f"{case.name}{ending}"
-        reader.write_seg(apply_remap(seg[0], case.table), str(label), properties)
-        nnunet_api.check_written(label, reader)
+        _write_case(case, case.name, partial / "imagesTr", partial / "labelsTr", ending, reader)
     kept = {key: own[key] for key in ("channel_names", "file_ending", "overwrite_image_reader_writer") if key in own}
     write_json(partial / "dataset.json", {**kept, "labels": dict(labels), "numTraining": len(cases)})
     write_json(partial / STEP_FILE, {"chain": chain.schedule.name, "step": step, "n_cases": len(cases)})
@@ -678,12 +671,7 @@ def write_test_set(chain: Chain, tested: Mapping[str, Scan] | None = None) -> No
         (partial / name).mkdir(parents=True)
     for name, (_, case) in cases.items():
         reader = nnunet_api.reader_writer(own, case.images[0])
-        for channel, image in enumerate(case.images):
-            link(image, partial / "images" / f"{name}_{channel:04d}{ending}")
-        seg, properties = reader.read_seg(str(case.label))
-        label = partial / "labels" / f"{name}{ending}"
-        reader.write_seg(apply_remap(seg[0], case.table), str(label), properties)
-        nnunet_api.check_written(label, reader)
+        _write_case(case, name, partial / "images", partial / "labels", ending, reader)
     write_json(partial / "test.json", content)
     write_json(partial / FILES_FILE, _file_states(cases))
     shutil.rmtree(folder, ignore_errors=True)

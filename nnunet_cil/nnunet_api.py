@@ -20,7 +20,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -323,13 +323,17 @@ def derive_case(
     write_pickle(properties, f"{target}.pkl")
 
 
-def link_or_copy(source: Path, target: Path) -> None:
-    """Hard link a file, or copy it where the file system cannot; of a link, what it leads to."""
+def link_or_copy(source: Path, target: Path, symbolic: bool = False) -> None:
+    """Hard link a file, or copy it where the file system cannot; of a link, what it leads to.
+
+    Args:
+        symbolic: try a symbolic link before a copy, as of what stays where it is.
+    """
     source = source.resolve()
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+    for make in (os.link, os.symlink) if symbolic else (os.link,):
+        with suppress(OSError):
+            return make(source, target)
+    shutil.copyfile(source, target)
 
 
 def crossval_splits(cases: Sequence[str]) -> list[dict[str, list[str]]]:

@@ -709,7 +709,7 @@ class Interrupted(BaseException):
 def test_interrupted_preparation_is_finished_by_preparing_again(source, nnunet_folders, tmp_path, monkeypatch):
     schedule = load_schedule(write_schedule(tmp_path / "schedule.yaml", source))
     for module, name, last in [
-        (dataset, "link", 3),
+        (nnunet_api, "link_or_copy", 3),
         (nnunet_api, "write_fingerprint", 1),
         (nnunet_api, "plan", 1),
         (nnunet_api, "preprocess_case", 2),
@@ -717,11 +717,11 @@ def test_interrupted_preparation_is_finished_by_preparing_again(source, nnunet_f
     ]:
         calls, function = [], getattr(module, name)
 
-        def stop_at_the_last_call(*args, calls=calls, function=function, last=last):
+        def stop_at_the_last_call(*args, calls=calls, function=function, last=last, **options):
             calls.append(1)
             if len(calls) == last:
                 raise Interrupted
-            return function(*args)
+            return function(*args, **options)
 
         chain = Chain.open(schedule)
         with monkeypatch.context() as patch:

@@ -21,7 +21,7 @@ TRAINER = "nnunet_cil.trainer:IncrementalTrainer"
 PREDICT = "nnunetv2.inference.predict_from_raw_data:nnUNetPredictor.predict_logits_from_preprocessed_data"
 # in the order of a chain: after each kill the same command goes on until the next
 IN_RUN = [
-    ("preparation", Kill("nnunet_cil.dataset:link", 1)),
+    ("preparation", Kill("nnunet_cil.nnunet_api:link_or_copy", 1)),
     ("preparation", Kill("SimpleITK:WriteImage", 3, "half")),
     ("preparation", Kill("json:dump", 1, "half")),
     ("preparation", Kill("pathlib:Path.write_text", 4, "half")),
