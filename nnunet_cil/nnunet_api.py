@@ -24,7 +24,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -32,7 +31,7 @@ import torch
 from filelock import FileLock
 
 from nnunet_cil.checkpoint import read_checkpoint
-from nnunet_cil.parallel import TELL_EVERY_SECONDS, worker_count
+from nnunet_cil.parallel import told, worker_count
 from nnunet_cil.step_files import CHECKPOINT
 from nnunet_cil.surface_scores import surface_scores
 from nnunet_cil.untrusted import EXPECTED_NAME, dataset_json_of, is_name
@@ -457,14 +456,9 @@ def predict(
     manager, chosen, dataset_json = predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
     ending = dataset_json["file_ending"]
     missing = [case for case in images if not (output / f"{case}{ending}").is_file()]
-    started = told = monotonic()
     # export resamples on the CPU, so beside a GPU the next case is predicted meanwhile
     with _one_by_one(beside=device.type == "cuda") as call:
-        for number, case in enumerate(missing):
-            if monotonic() - told > TELL_EVERY_SECONDS:
-                told = monotonic()
-                left = (told - started) / number * (len(missing) - number)
-                say(f"case {number + 1} of {len(missing)}, about {left:.0f} s left")
+        for case in told(missing, len(missing), say):
             stored = preprocessed / case
             with _enough_memory(case):
                 if not Path(f"{stored}.pkl").is_file():

@@ -8,10 +8,10 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import cache
+from functools import cache, partial
 from multiprocessing import active_children, get_context
 from time import monotonic
 from typing import Any, TypeVar
@@ -85,13 +85,13 @@ def over_cases(
         RuntimeError: a worker process was killed.
         Exception: the first one that ``function`` raises.
     """
-    workers = worker_count(len(arguments))
+    workers, total, say = worker_count(len(arguments)), len(arguments), partial(logger.info, "%s: %s", what)
     if workers == 1 or n_bytes < SMALL_BYTES:
-        return _told((function(*a) for a in arguments), len(arguments), what)
+        return list(told((function(*a) for a in arguments), total, say))
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         futures = [pool.submit(function, *a) for a in arguments]
         try:
-            return _told((future.result() for future in futures), len(arguments), what)
+            return list(told((future.result() for future in futures), total, say))
         except BrokenProcessPool as error:
             raise RuntimeError(
                 f"{what}: got a worker process that was killed, expected all {workers} to end by themselves. Most "
@@ -102,16 +102,14 @@ def over_cases(
             raise
 
 
-def _told(results: Iterable[Result], total: int, what: str) -> list[Result]:
-    started = told = monotonic()
-    done: list[Result] = []
-    for result in results:
-        done.append(result)
-        if (now := monotonic()) - told > TELL_EVERY_SECONDS and len(done) < total:
-            told = now
-            left = (now - started) / len(done) * (total - len(done))
-            logger.info("%s: case %d of %d, about %.0f s left", what, len(done), total, left)
-    return done
+def told(cases: Iterable[Result], total: int, say: Callable[[str], None]) -> Iterator[Result]:
+    """The cases one by one; ``say`` gets a line now and then on how many are done and how long the others take."""
+    started = last = monotonic()
+    for done, case in enumerate(cases, 1):
+        yield case
+        if (now := monotonic()) - last > TELL_EVERY_SECONDS and done < total:
+            last = now
+            say(f"case {done} of {total}, about {(now - started) / done * (total - done):.0f} s left")
 
 
 def end_with_parent() -> None:

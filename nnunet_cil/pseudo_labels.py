@@ -9,7 +9,6 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from filelock import FileLock
 from scipy import ndimage
 
 from nnunet_cil import nnunet_api
+from nnunet_cil.parallel import told
 
 logger = logging.getLogger(__name__)
 
@@ -238,8 +238,8 @@ class PseudoLabelCache:
             say: gets a line of progress now and then.
             ruled_out: old classes that a case's own labels hold, by case, see `rule_out`.
         """
-        started, made, told = monotonic(), 0, monotonic()
-        for number, case in enumerate(cases, 1):
+        made = 0
+        for case in told(cases, len(cases), lambda line: say(f"pseudo-labels: {line}")):
             image, seg, _, _ = dataset.load_case(case)
             seg, known = np.asarray(seg[:]), (ruled_out or {}).get(case, ())
             if self.has(case, seg, known):
@@ -249,10 +249,6 @@ class PseudoLabelCache:
                     continue
                 self._add(case, seg, known, teacher_logits(image), accepts, patch_size, with_annotated)
             made += 1
-            if monotonic() - told > 10:
-                told = monotonic()
-                left = (told - started) / number * (len(cases) - number)
-                say(f"pseudo-labels: case {number} of {len(cases)}, about {left:.0f} s left")
         return made
 
     def _add(
