@@ -329,6 +329,9 @@ class IncrementalTrainer(nnUNetTrainer):
             write_json(Path(self.output_folder, REPLAY_FILE), {"bytes": n_bytes, "cases": listing})
         return kept
 
+    def _of_this_rank(self, cases: list[str]) -> list[str]:
+        return cases[self.local_rank :: dist.get_world_size()] if self.is_ddp else cases
+
     def _check_new_classes(self, training) -> None:
         missing = dict.fromkeys(range(self.block.n_old, self.block.n_classes))
         for case in training.identifiers:
@@ -365,7 +368,7 @@ class IncrementalTrainer(nnUNetTrainer):
             self.device,
             mirror_axes,
         )
-        mine = cases[self.local_rank :: dist.get_world_size() if self.is_ddp else 1]
+        mine = self._of_this_rank(cases)
         believed = {"tau_old": settings["tau_old"], "tau_background": settings["tau_background"]}
         accepts = self._believed()
         if kept is not None:
@@ -417,7 +420,7 @@ class IncrementalTrainer(nnUNetTrainer):
             return torch.tensor(json.loads(path.read_text(encoding="utf-8"))["thresholds"])
         histogram = torch.zeros(self.block.n_old, ENTROPY_BINS, dtype=torch.int64)
         with self._autocast():
-            for case in cases[self.local_rank :: dist.get_world_size() if self.is_ddp else 1]:
+            for case in self._of_this_rank(cases):
                 image, seg, _, _ = dataset.load_case(case)
                 labels = torch.from_numpy(np.asarray(seg[:]).astype(np.int64))[None]
                 logits = rule_out(window.logits(image)[None], [self._relabelled.get(case, ())])
@@ -457,7 +460,7 @@ class IncrementalTrainer(nnUNetTrainer):
         Cases that lack a label take no part: their background would be counted with the class in it.
         """
         whole = [case for case in sorted(training.identifiers) if case not in self._unlabelled]
-        cases = whole[self.local_rank :: dist.get_world_size() if self.is_ddp else 1]
+        cases = self._of_this_rank(whole)
         with self._autocast():
             statistics = class_statistics(
                 self.teacher.network,
@@ -509,7 +512,7 @@ class IncrementalTrainer(nnUNetTrainer):
 
     def _with_online_labels(self, target, teacher_logits: torch.Tensor, relabelled: Sequence[Sequence[int]] = ()):
         """y^ from the patch's own teacher prediction, at every resolution of the target."""
-        full = target[0] if isinstance(target, list) else target
+        full = _full(target)
         teacher_logits = rule_out(teacher_logits, relabelled)
         merged = merge_pseudo_labels(full, teacher_logits, self._believed(), ignore_id=self.block.n_classes)
         if not isinstance(target, list):
@@ -527,7 +530,7 @@ class IncrementalTrainer(nnUNetTrainer):
         output = _folded(output, unlabelled)
         if self.objective is None:
             return self.loss(output, target)
-        weight = self.objective.segmentation_weight((target[0] if isinstance(target, list) else target)[:, 0])
+        weight = self.objective.segmentation_weight(_full(target)[:, 0])
         if isinstance(target, list):
             pairs = [self.objective.segmentation(o, t) for o, t in zip(output, target, strict=True)]
             loss = self.loss([o for o, _ in pairs], [t for _, t in pairs])
@@ -553,9 +556,9 @@ class IncrementalTrainer(nnUNetTrainer):
             output = self.network(data)
             terms = {"segmentation": self._segmentation_loss(output, target, unlabelled)}
         if distils:
-            labels = (target[0] if isinstance(target, list) else target)[:, 0].long()
+            labels = _full(target)[:, 0].long()
             terms |= self.objective(
-                self._outputs("student", output[0] if isinstance(output, (list, tuple)) else output),
+                self._outputs("student", _full(output)),
                 self._outputs("teacher", teacher_logits),
                 without_unsure_background(labels, unlabelled, self.block.n_classes),
             )
@@ -762,7 +765,7 @@ class IncrementalTrainer(nnUNetTrainer):
 
     def _in_one_piece(self, dataset, old: Sequence[str]) -> tuple[str, ...]:
         """Those of the old classes, and the new ones that are in one piece in each case whose own labels hold them."""
-        cases = sorted(dataset.identifiers)[self.local_rank :: dist.get_world_size() if self.is_ddp else 1]
+        cases = self._of_this_rank(sorted(dataset.identifiers))
         new = dict(enumerate(self.block.new_classes, self.block.n_old))
         seen = torch.zeros(2, self.block.n_classes, dtype=torch.int64)
         for case in cases:
@@ -785,7 +788,7 @@ class IncrementalTrainer(nnUNetTrainer):
         self, network: nn.Module, dataset, n_classes: int, sha256: str, previous: PrototypeStore | None
     ) -> PrototypeStore:
         names = ("background", *self.block.old_classes, *self.block.new_classes)[:n_classes]
-        cases = sorted(dataset.identifiers)[self.local_rank :: dist.get_world_size() if self.is_ddp else 1]
+        cases = self._of_this_rank(sorted(dataset.identifiers))
         transporting = previous is not None and self.block.settings["old_prototypes"] == "transport"
         path = last_decoder_stage(network)
         with self._autocast():
@@ -812,6 +815,11 @@ class IncrementalTrainer(nnUNetTrainer):
             labels = np.asarray(labels[:])
             labels = np.where(labels == 0, self.block.n_classes, labels)
         return image, labels
+
+
+def _full(by_resolution):
+    """Logits or labels at full resolution, of the list that deep supervision gives."""
+    return by_resolution[0] if isinstance(by_resolution, (list, tuple)) else by_resolution
 
 
 def _folded(output, unlabelled: Sequence[Sequence[int]]):
