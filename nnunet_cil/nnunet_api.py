@@ -100,14 +100,14 @@ def training_cases(raw_folder: Path) -> dict[str, tuple[list[Path], Path]]:
     return listed
 
 
-def image_lists(folder: Path, file_ending: str, cases: Sequence[str] | None = None) -> dict[str, list[Path]]:
-    """Images of a folder in nnU-Net's naming: ``{case: files by channel}``, sorted; all cases if none are named."""
+def image_lists(folder: Path, file_ending: str) -> dict[str, list[Path]]:
+    """Images of a folder in nnU-Net's naming: ``{case: files by channel}``, sorted."""
     suffix = len("_0000") + len(file_ending)
     found: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()):
         if path.name.endswith(file_ending) and re.fullmatch(r"_\d{4}", path.name[-suffix : -len(file_ending)]):
             found.setdefault(path.name[:-suffix], []).append(path)
-    return found if cases is None else {case: found[case] for case in cases if case in found}
+    return found
 
 
 def reader_writer(dataset_json: Mapping[str, Any], example: Path) -> Any:

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 
 from nnunet_cil import nnunet_api
-from nnunet_cil.schedule import PlanOverride
+from nnunet_cil.schedule import MIN_STAGES, PlanOverride
 
 logger = logging.getLogger(__name__)
 
-MIN_STAGES = 3
 SHARE_OF_BATCH_DICE = 0.25
 """nnU-Net's: where a patch holds less of an image, an organ is missing in most patches, whose Dice would each reward a
 network that finds nothing; so Dice is taken over the batch."""

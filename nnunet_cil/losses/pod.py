@@ -58,16 +58,15 @@ def local_pod_embedding(features: torch.Tensor, scales: Sequence[int] = SCALES) 
     return torch.cat(pooled, 1)
 
 
-def local_pod(student: torch.Tensor, teacher: torch.Tensor, scales: Sequence[int] = SCALES) -> torch.Tensor:
+def local_pod(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """Euclidean distance of the two embeddings, mean over the batch; grows with the features and their number.
 
     Args:
         student: (B, D, *S).
         teacher: the same of the teacher; gets no gradient.
-        scales: numbers of stretches along an axis.
     """
     with torch.autocast(student.device.type, enabled=False):
-        difference = local_pod_embedding(student, scales) - local_pod_embedding(teacher.detach(), scales)
+        difference = local_pod_embedding(student) - local_pod_embedding(teacher.detach())
         squares = difference.square().sum(1)
         # the derivative of a root at 0 is infinite; student and teacher are equal in the first iteration
         return torch.where(squares > 0, squares.clamp_min(1e-12).sqrt(), 0.0).mean()

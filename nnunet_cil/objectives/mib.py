@@ -22,8 +22,7 @@ class MiB(Objective):
         n_old = self.n_old
         background = torch.logsumexp(at_least_float32(output[:, :n_old]), 1, keepdim=True).to(output.dtype)
         folded = torch.cat([background, output[:, n_old:]], 1)
-        new = (target >= n_old) & (target < self.n_classes)
-        shifted = torch.where(new, target - (n_old - 1), torch.where(target < n_old, 0, target))
+        shifted = torch.where(self.labelled_new(target), target - (n_old - 1), torch.where(target < n_old, 0, target))
         return folded, shifted.to(target.dtype)
 
     def forward(self, student, teacher, labels):
