@@ -16,7 +16,7 @@ from typing import Any
 
 from nnunet_cil import nnunet_api
 from nnunet_cil.block import BLOCK_KEY
-from nnunet_cil.chain import JOINT, Chain, is_finished
+from nnunet_cil.chain import JOINT, Chain, is_finished, keeps_scans
 from nnunet_cil.dataset import file_id, is_prepared, keep_source, step_source
 from nnunet_cil.prototypes import PrototypeStore
 from nnunet_cil.pseudo_labels import kept_cases_of
@@ -360,7 +360,7 @@ def _never_trained(chain: Chain, step: int | str) -> list[str]:
     for other in _steps(chain):
         trained = {model.name.split("__")[1] for model in _models(chain, other)}
         for block, name in _prepared_plans(chain, other):
-            replays = JOINT not in (step, other) and int(other) > int(step) and block["method"].startswith("replay")
+            replays = JOINT not in (step, other) and int(other) > int(step) and keeps_scans(block["method"])
             joins = other == JOINT and chain.schedule.source is None
             if name not in trained and (other == step or replays or joins):
                 lost.append(f"{block['method']}, seed {block['training']['seed']}, {_called(other)}")

@@ -53,6 +53,11 @@ def has_ablations(trainer: str) -> bool:
     return trainer == "nnUNetTrainerPGCD" or not (trainers_dir() / f"{trainer}.py").is_file()
 
 
+def keeps_scans(method: str) -> bool:
+    """Whether a method keeps scans of earlier steps: its name, or that of a variant of it, says so."""
+    return method.startswith("replay")
+
+
 def resolve_method(method: str, schedule: Schedule) -> tuple[str, dict[str, Any]]:
     """Trainer class of a method's short name, and its settings where they differ from the schedule's.
 
@@ -74,7 +79,7 @@ def resolve_method(method: str, schedule: Schedule) -> tuple[str, dict[str, Any]
             f"--methods: got {method!r}, expected some of {sorted({*trainers, *schedule.variants})}, or pgcd or one "
             f"made of it with an ablation, such as pgcd-no_channel: {', '.join(ABLATIONS)}."
         )
-    if trainer == REPLAY_TRAINER and not base.startswith("replay"):
+    if trainer == REPLAY_TRAINER and not keeps_scans(base):
         raise ValueError(
             f"{schedule.file}: variants: got the name {base!r} for a method that keeps scans of earlier steps, "
             "expected one that begins with replay, so that tables and figures can say so."

@@ -19,7 +19,7 @@ import torch
 
 from nnunet_cil import nnunet_api
 from nnunet_cil.advice import warn_before_planning
-from nnunet_cil.chain import JOINT, Chain, Variant, has_ablations, method_of
+from nnunet_cil.chain import JOINT, Chain, Variant, has_ablations, keeps_scans, method_of
 from nnunet_cil.dataset import block_of, prepare_chain, write_test_set
 from nnunet_cil.environment import trainer_path_variable
 from nnunet_cil.evaluate import (
@@ -42,7 +42,7 @@ from nnunet_cil.present import present_variants
 from nnunet_cil.report import write as report_page
 from nnunet_cil.report.figures import plot_mean_dice
 from nnunet_cil.report.paired import paired_table
-from nnunet_cil.report.table import KEEPS_SCANS, marked, score_table
+from nnunet_cil.report.table import marked, score_table
 from nnunet_cil.report.words import fate_of_old
 from nnunet_cil.schedule import ABLATIONS, Schedule, in_effect, load_schedule
 from nnunet_cil.step_files import write_json
@@ -438,7 +438,7 @@ def _check_settings(chain: Chain, variants: Sequence[Variant]) -> None:
     problems = {}
     for variant in variants:
         objective = nnunet_api.objective_of(variant.trainer)
-        if objective.replays and not variant.method.startswith(KEEPS_SCANS):
+        if objective.replays and not keeps_scans(variant.method):
             problems[variant.method] = (
                 f"{variant.method}: got {variant.trainer}, which keeps scans of earlier steps, expected a name that "
                 "begins with replay, so that tables and figures can say so. Name it so in `variants`."
@@ -470,7 +470,7 @@ def _reads_earlier(chain: Chain, variant: Variant, step: int | str, other: int |
     """Whether a training reads data of another step: joint of all that have their own, replay of the earlier ones."""
     if step == JOINT:
         return chain.schedule.source is None
-    return variant.method.startswith(KEEPS_SCANS) and other != JOINT and int(other) < int(step)
+    return keeps_scans(variant.method) and other != JOINT and int(other) < int(step)
 
 
 def _augmentation_workers(schedule: Schedule) -> str | None:

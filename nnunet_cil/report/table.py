@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnunet_cil import metrics
-from nnunet_cil.chain import JOINT
+from nnunet_cil.chain import JOINT, keeps_scans
 
 _SUMMARY_COLUMNS = {
     "old_mean": ("old", "%"),
@@ -50,12 +50,9 @@ class FinalScores:
     gap_seeds: int = 1
 
 
-KEEPS_SCANS = "replay"  # and variants of it, whose names begin with this word
-
-
 def marked(method: str) -> str:
     """A method's name as it is shown everywhere: one that keeps scans of earlier steps says so."""
-    return f"{method} (not privacy-safe)" if method.startswith(KEEPS_SCANS) else method
+    return f"{method} (not privacy-safe)" if keeps_scans(method) else method
 
 
 @dataclass(frozen=True, eq=False)
