@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nnunet_cil import nnunet_api
+from nnunet_cil import metrics, nnunet_api
 from nnunet_cil.chain import JOINT, Chain, Variant, method_of
 from nnunet_cil.evaluate import (
     ENSEMBLE,
@@ -226,10 +226,7 @@ def last_scores(runs: Sequence[Run], classes: Sequence[str], score: str) -> tupl
             for c, name in enumerate(classes):
                 value = scores.get(case, {}).get(name, {}).get(score)
                 values[r, n, c] = np.nan if value is None else value
-    present = ~np.isnan(values)
-    counts = present.sum(0)
-    means = np.where(present, values, 0).sum(0) / np.maximum(counts, 1)
-    return cases, np.where(counts > 0, means, np.nan)
+    return cases, metrics.over_seeds(values)[0]
 
 
 def read_terms(folder: Path) -> dict[str, NDArray[np.float64]]:

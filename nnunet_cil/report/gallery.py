@@ -30,7 +30,7 @@ from nnunet_cil.report.parts import FigureFile
 from nnunet_cil.report.prototype_change import drift, similarity
 from nnunet_cil.report.qualitative import plot_panel, read_slice, typical_and_worst
 from nnunet_cil.report.table import Row, marked
-from nnunet_cil.report.words import listed
+from nnunet_cil.report.words import last_scored_step, listed
 
 PREFERRED_REFERENCE = "pgcd"
 _CLASSES_SIDE_BY_SIDE = 16
@@ -147,9 +147,8 @@ def _by_step(row: Row, learned_at: Sequence[int]) -> str:
 
 
 def _last_row(row: Row, classes: Sequence[str]) -> str:
-    scored = np.flatnonzero(~np.isnan(row.dice).all(1))
-    t = int(scored[-1])
-    return f"{marked(row.method)} after step {t + 1}: {_per_organ(classes, 100 * row.dice[t])}."
+    t = last_scored_step(row.dice)
+    return f"{marked(row.method)} after step {t}: {_per_organ(classes, 100 * row.dice[t - 1])}."
 
 
 def _per_organ(classes: Sequence[str], values: NDArray[np.floating]) -> str:

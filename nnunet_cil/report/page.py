@@ -170,7 +170,7 @@ def _summary(found: Collected) -> str:
     by_method = {
         method: outcomes(row.dice, found.classes, found.learned_at, found.guard)
         for method, row in rows.items()
-        if not _is_joint(method)
+        if not row.is_joint
     }
     joint = rows.get(JOINT)
     many = len(by_method) > _CARDS_WITH_ORGANS
@@ -293,11 +293,6 @@ def _organ_table(by_method: Mapping[str, Sequence[Outcome]], joint: Row | None, 
     return table("What became of each organ", header, lines)
 
 
-def _is_joint(name: str) -> bool:
-    """Of a row's name, whether it is the joint model, or the ensemble of its folds."""
-    return name.partition(",")[0] == JOINT
-
-
 def _words_on(method: str, found: Collected) -> str:
     settings = found.own_settings.get(method, {})
     own = ", ".join(f"{key} {str(v).lower() if isinstance(v, bool) else v}" for key, v in settings.items())
@@ -318,11 +313,10 @@ def _numbers(found: Collected) -> str:
         return missing(["Nothing is scored yet."])
     by_step = []
     for row in found.rows:
-        scored = np.flatnonzero(~np.isnan(row.dice).all(1))
-        lines = [
-            [f"{t + 1}", *(_cell(row, t, c, found) for c in range(len(found.classes))), _mean_cell(row, t, found)]
-            for t in scored.tolist()
-        ]
+        lines = []
+        for t in np.flatnonzero(~np.isnan(row.dice).all(1)).tolist():
+            mean = _hundred(metrics.mean(row.dice, found.learned_at, t + 1))
+            lines.append([f"{t + 1}", *(_cell(row, t, c, found) for c in range(len(found.classes))), mean])
         header = ["step", *(organ(name, found.classes) for name in found.classes), "all organs"]
         by_step.append(table(f"{marked(row.method)}: Dice (%) by step", header, lines))
     tables = [
@@ -336,10 +330,6 @@ def _numbers(found: Collected) -> str:
     return "".join([*tables, details("Dice after every step", "".join(by_step))])
 
 
-def _mean_cell(row: Row, t: int, found: Collected) -> str:
-    return _hundred(metrics.mean(row.dice, found.learned_at, t + 1))
-
-
 def _cell(row: Row, t: int, c: int, found: Collected) -> str:
     if found.learned_at[c] > t + 1:
         return ""
@@ -348,7 +338,7 @@ def _cell(row: Row, t: int, c: int, found: Collected) -> str:
 
 def _last_table(found: Collected) -> str:
     """Dice of each organ after the last step, and the scores of the chain; the best method of each column is bold."""
-    compared = [i for i, row in enumerate(found.rows) if not _is_joint(row.method)]
+    compared = [i for i, row in enumerate(found.rows) if not row.is_joint]
     summaries = [row.summary(found.learned_at) for row in found.rows]
     pairs = list(zip(found.rows, summaries, strict=True))
     organs = np.array([[*row.dice[-1], means["mean"]] for row, (means, _) in pairs])
