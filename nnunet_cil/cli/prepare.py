@@ -19,12 +19,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand; returns the exit status."""
     from nnunet_cil import driver
-    from nnunet_cil.environment import trainer_path_variable
+    from nnunet_cil.environment import export_line
     from nnunet_cil.schedule import load_schedule
 
     lines = driver.prepare(load_schedule(args.schedule), args.methods, args.seeds)
     print("Prepared. Train the steps in this order:")
-    print(f"  export nnUNet_extTrainer={trainer_path_variable()}")
+    print(f"  {export_line()}")
     for line in lines:
         print(f"  {line}")
     return 0
