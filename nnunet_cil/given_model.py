@@ -10,7 +10,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -110,18 +110,9 @@ class GivenModel:
 @contextmanager
 def _opened(path: Path, member: str) -> Iterator[IO[bytes] | None]:
     """A file of a folder or zip, None if there is none. Raises as `opened_zip`."""
-    if path.is_dir():
-        if not (path / member).is_file():
-            yield None
-            return
-        with open(path / member, "rb") as file:
-            yield file
-        return
-    with opened_zip(path) as zipped:
-        if member not in zipped.namelist():
-            yield None
-            return
-        with zipped.open(member) as file:
+    with nullcontext() if path.is_dir() else opened_zip(path) as zipped:
+        found = path / member if zipped is None else zipfile.Path(zipped, member)
+        with found.open("rb") if found.is_file() else nullcontext() as file:
             yield file
 
 
