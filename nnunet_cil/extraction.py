@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -103,8 +104,9 @@ def accumulate_prototypes(
     accumulator = PrototypeAccumulator(n_classes, n_features)
     shift = torch.zeros(n_classes, n_features, dtype=torch.float64)
     shift_counts = torch.zeros(n_classes, dtype=torch.float64)
-    taps = [FeatureTap(net, feature_path) for net in (network, earlier) if net is not None]
-    try:
+    with ExitStack() as stack:
+        networks = [net for net in (network, earlier) if net is not None]
+        taps = [stack.enter_context(FeatureTap(net, feature_path)) for net in networks]
         from_background_on = ((image, np.maximum(labels[:], 0)) for image, labels in cases)
         for x, y in labelled_tiles(from_background_on, patch_size, device):
             features = _features(network, taps[0], x)
@@ -113,9 +115,6 @@ def accumulate_prototypes(
                 counts, sums = masked_sums(y, n_classes, features - _features(earlier, taps[1], x))
                 shift += sums.cpu().double()
                 shift_counts += counts.cpu().double()
-    finally:
-        for tap in taps:
-            tap.remove()
     return accumulator, shift, shift_counts
 
 

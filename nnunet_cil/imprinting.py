@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -92,8 +93,8 @@ def class_statistics(
     """
     heads = enumerate(network.decoder.seg_layers)
     found = {stage: ClassStatistics(n_classes - n_old + 1, head.in_channels) for stage, head in heads}
-    taps = [FeatureTap(network, path) for path in decoder_stages(network)]
-    try:
+    with ExitStack() as stack:
+        taps = [stack.enter_context(FeatureTap(network, path)) for path in decoder_stages(network)]
         numbered = ((image, _numbered(np.asarray(labels[:]), n_old, n_classes)) for image, labels in cases)
         for x, y in labelled_tiles(numbered, patch_size, device):
             network(x)
@@ -102,9 +103,6 @@ def class_statistics(
                 tap.clear()
                 small = interpolate(y[None].float(), size=features.shape[2:], mode="nearest-exact")[0].long()
                 found[stage].add(features, small)
-    finally:
-        for tap in taps:
-            tap.remove()
     return found
 
 
