@@ -101,7 +101,8 @@ class Chain:
 
     Args:
         schedule: the chain's schedule.
-        content: of ``chain.json``: schedule, dataset numbers by step, number of the joint dataset, plans name.
+        content: of ``chain.json``: schedule, dataset numbers by step, number of the joint dataset, plans name, steps
+            whose data were removed, and what later steps inherit from a given model.
     """
 
     def __init__(self, schedule: Schedule, content: dict[str, Any]) -> None:

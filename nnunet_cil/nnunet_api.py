@@ -1,7 +1,8 @@
 """The one gateway to nnunetv2's internals beside the trainer class.
 
 Whatever we call of nnU-Net's planning, preprocessing, prediction, metrics and file handling is called here, so that a
-new nnU-Net release is a matter of this file, ``trainer.py`` and ``tests/test_nnunet_contract.py``.
+new nnU-Net release is a matter of this file, ``trainer.py`` with its ``logging_terms.py``, and
+``tests/test_nnunet_contract.py``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Distillation with the new classes folded into the background (MiB)."""
+"""Distillation of outputs, new classes folded into background (MiB) or left out (LwF), and of features (ILT)."""
 
 from __future__ import annotations
 
