@@ -460,16 +460,8 @@ def predict(
     # export resamples on the CPU, so beside a GPU the next case is predicted meanwhile
     with _one_by_one(beside=device.type == "cuda") as call:
         for case in told(missing, len(missing), say):
-            stored = preprocessed / case
             with _enough_memory(case):
-                if not Path(f"{stored}.pkl").is_file():
-                    partial = preprocessed / "partial" / case
-                    partial.parent.mkdir(parents=True, exist_ok=True)
-                    with FileLock(f"{partial}.lock"):  # other models are predicted meanwhile, where trainings are jobs
-                        if not Path(f"{stored}.pkl").is_file():
-                            preprocess_case(images[case], None, partial, manager.plans, configuration, dataset_json)
-                            for part in (".b2nd", "_seg.b2nd", ".pkl"):
-                                os.replace(f"{partial}{part}", f"{stored}{part}")
+                _preprocess_once(images[case], preprocessed / case, manager.plans, configuration, dataset_json)
                 data, _, _, properties = preprocessed_dataset(preprocessed).load_case(case)
                 logits = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(data[:])).cpu()
 
@@ -482,6 +474,25 @@ def predict(
                 os.replace(written, output / f"{case}{ending}")
 
             call(export)
+
+
+def _preprocess_once(
+    images: Sequence[Path],
+    stored: Path,
+    plans: Mapping[str, Any],
+    configuration: str,
+    dataset_json: Mapping[str, Any],
+) -> None:
+    """Preprocess images where that is not done; other models are predicted meanwhile, where trainings are jobs."""
+    partial, last = stored.parent / "partial" / stored.name, Path(f"{stored}.pkl")
+    if last.is_file():
+        return
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{partial}.lock"):
+        if not last.is_file():
+            preprocess_case(images, None, partial, plans, configuration, dataset_json)
+            for part in (".b2nd", "_seg.b2nd", ".pkl"):
+                os.replace(f"{partial}{part}", f"{stored}{part}")
 
 
 @contextmanager
