@@ -9,6 +9,7 @@ import os
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -110,8 +111,9 @@ def evaluate_model(chain: Chain, variant: Variant, step: int | str, fold: int | 
     logger.info("%s; by hand:\n  %s", what, predict_line(chain, variant, step, fold))
     preprocessed = chain.folder / "test" / "preprocessed"
     folds = _members(chain, fold)
+    say = partial(logger.info, "  %s")
     with keeping_freed_memory(str(device) == "cpu"):
-        nnunet_api.predict(model, folds, chain.schedule.configuration, images, preprocessed, predictions, device, _say)
+        nnunet_api.predict(model, folds, chain.schedule.configuration, images, preprocessed, predictions, device, say)
     number = chain.n_steps if step == JOINT else int(step)
     labels = cumulative_labels([s.classes for s in chain.schedule.steps], number)
     scored = {
@@ -242,10 +244,6 @@ def check_test(content: Mapping[str, Any], path: Path) -> None:
     good = is_ending(content.get("file_ending")) and isinstance(cases, dict) and all(map(is_name, cases))
     if not good or not all(isinstance(case, dict) and isinstance(case.get("set"), int) for case in cases.values()):
         raise ValueError(f"{path}: got no names of cases and file_ending, expected what `nnunet-cil prepare` writes.")
-
-
-def _say(line: str) -> None:
-    logger.info("  %s", line)
 
 
 def predict_line(chain: Chain, variant: Variant, step: int | str, fold: int | str, images: str | None = None) -> str:
@@ -622,12 +620,12 @@ def write_matrices(chain: Chain, content: Mapping[str, Any]) -> list[Path]:
     for run in content["runs"]:
         for score in SCORES:
             path = folder / f"{run['method']}_seed{run['seed']}_fold{run['fold']}_{score}.csv"
-            partial = path.with_name(path.name + ".part")
-            with open(partial, "w", newline="", encoding="utf-8") as file:
+            unfinished = path.with_name(path.name + ".part")
+            with open(unfinished, "w", newline="", encoding="utf-8") as file:
                 lines = csv.writer(file, lineterminator="\n")
                 lines.writerow(["step", *content["classes"]])
                 lines.writerows([step, *row] for step, row in enumerate(run[score], start=1))
-            os.replace(partial, path)
+            os.replace(unfinished, path)
             written.append(path)
     return written
 

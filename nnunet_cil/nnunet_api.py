@@ -394,20 +394,8 @@ def predict_line(
     dataset: str, configuration: str, folds: Sequence[int | str], trainer: str, plans_name: str, images: str
 ) -> str:
     """The ``nnUNetv2_predict`` line that gives the same predictions."""
-    parts = [
-        "nnUNetv2_predict",
-        "-i",
-        images,
-        "-o",
-        "OUTPUT",
-        "-d",
-        dataset,
-        "-c",
-        configuration,
-        "-f",
-        *map(str, folds),
-    ]
-    parts += ["-tr", trainer, *(["-p", plans_name] if plans_name != "nnUNetPlans" else [])]
+    parts = ["nnUNetv2_predict", "-i", images, "-o", "OUTPUT", "-d", dataset, "-c", configuration]
+    parts += ["-f", *map(str, folds), "-tr", trainer, *(["-p", plans_name] if plans_name != "nnUNetPlans" else [])]
     return shlex.join(parts)
 
 

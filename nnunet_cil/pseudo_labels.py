@@ -318,9 +318,6 @@ class PseudoLabelDataset:
         seg, locations = self._cache.load(identifier)
         return image, seg, previous, {**properties, "class_locations": locations}
 
-    def __getitem__(self, identifier: str) -> tuple[Any, Any, Any, dict]:
-        return self.load_case(identifier)
-
 
 class JoinedDataset:
     """Several preprocessed datasets as one; cases of all but the first are named ``PREFIX__CASE``.
@@ -341,6 +338,3 @@ class JoinedDataset:
         """As nnU-Net's datasets."""
         dataset, case = self._where[identifier]
         return dataset.load_case(case)
-
-    def __getitem__(self, identifier: str) -> tuple[Any, Any, Any, dict]:
-        return self.load_case(identifier)

@@ -300,4 +300,4 @@ def test_joined_datasets_keep_their_cases_apart(dataset):
     joined = JoinedDataset({"": dataset, "step1": other})
     assert joined.identifiers == ["a", "b.c", "step1__a"]
     assert joined.load_case("step1__a")[1][0] == 7
-    assert joined["a"][1] is dataset.cases["a"][1]
+    assert joined.load_case("a")[1] is dataset.cases["a"][1]

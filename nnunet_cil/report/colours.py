@@ -14,6 +14,8 @@ TERM_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 
 _ORGAN_FIRST = ("#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#F0E442", "#0072B2")
 _ORGAN_FURTHER = ("#44AA99", "#882255", "#999933", "#CC6677", "#88CCEE", "#AA4499", "#DDCC77")
+PLAIN_ORGANS = len(_ORGAN_FIRST)
+"""Number of organs that colour alone tells apart."""
 _ORGAN_COLOURS = (*_ORGAN_FIRST, *_ORGAN_FURTHER)
 
 _METHODS = {
@@ -63,16 +65,11 @@ def organ_style(index: int) -> OrganStyle:
     dotted.
     """
     line, hatch = "-", ""
-    if index >= len(_ORGAN_FIRST):
+    if index >= PLAIN_ORGANS:
         line, hatch = "--", "////"
     if index >= len(_ORGAN_COLOURS):
         line, hatch = ":", "...."
     return OrganStyle(_ORGAN_COLOURS[index % len(_ORGAN_COLOURS)], line, hatch)
-
-
-def plain_organs() -> int:
-    """Number of organs that colour alone tells apart."""
-    return len(_ORGAN_FIRST)
 
 
 def _further(index: int) -> tuple[str, str]:

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
-from nnunet_cil.report.colours import organ_style, plain_organs
+from nnunet_cil.report.colours import PLAIN_ORGANS, organ_style
 from nnunet_cil.report.figures import WIDTH_INCHES, drawing, legend, shown
 from nnunet_cil.report.table import marked
 
@@ -195,7 +195,7 @@ def plot_panel(
                 written.set_fontsize(written.get_fontsize() * min(1, _TITLE_SHARE * tile / needed))
             if found.oriented:
                 _mark_sides(grid[0, 0])
-        numbered = len(classes) > plain_organs()
+        numbered = len(classes) > PLAIN_ORGANS
         handles = [
             Line2D(
                 [],
@@ -223,7 +223,7 @@ def _draw_tile(axes: Axes, found: Slice, mask: NDArray[np.integer], n_classes: i
         grid = np.arange(-1.0, organ.shape[1] + 1), np.arange(-1.0, organ.shape[0] + 1)
         axes.contourf(*grid, around, levels=[0.5, 2], colors=[style.colour], alpha=0.3)
         axes.contour(*grid, around, levels=[0.5], colors=[style.colour], linewidths=1.3, linestyles=[style.line])
-        if n_classes > plain_organs():
+        if n_classes > PLAIN_ORGANS:
             rows, columns = np.nonzero(organ)
             nearest = np.argmin((rows - rows.mean()) ** 2 + (columns - columns.mean()) ** 2)
             axes.text(

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from nnunet_cil.report.colours import method_styles, organ_style, plain_organs
+from nnunet_cil.report.colours import PLAIN_ORGANS, method_styles, organ_style
 from nnunet_cil.schedule import ABLATIONS
 
 METHODS = ("pgcd", "pseudo_kd", "pseudo", "plop", "mib", "ilt", "lwf", "ewf", "ewc", "finetune", "replay", "joint")
@@ -10,8 +10,8 @@ def test_organs_are_told_apart():
     styles = [organ_style(i) for i in range(21)]
     assert len(set(styles)) == 21
     assert len({style.colour for style in styles[:14]}) == 14
-    assert all(not style.hatch for style in styles[: plain_organs()])
-    assert all(style.hatch for style in styles[plain_organs() :])
+    assert all(not style.hatch for style in styles[:PLAIN_ORGANS])
+    assert all(style.hatch for style in styles[PLAIN_ORGANS:])
 
 
 def test_methods_are_told_apart():
