@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from nnunet_cil.chain import Chain
+from nnunet_cil.objectives.pgcd import class_balance
 from nnunet_cil.objectives.plop import PLOP
+from nnunet_cil.pseudo_labels import kept_cases_of
+from nnunet_cil.step_files import write_json
 from tests.test_trainer import fold_of, make_chain, module_patch, train, trainer_of  # noqa: F401  (a fixture)
 
 METHODS = {
@@ -18,6 +25,7 @@ METHODS = {
     "pseudo_kd": {"distillation"},
     "lwf": {"distillation"},
     "ilt": {"distillation", "features"},
+    "ilt_mib": {"distillation", "features"},
     "mib": {"distillation"},
     "plop": {"pod", "pod_logits"},
     "ewf": set(),
@@ -31,6 +39,7 @@ VARIANTS = {
     "plop_mirrored": "{trainer: nnUNetTrainerPLOP, pseudo_label_mirroring: true}",
     "plop_online": "{trainer: nnUNetTrainerPLOP, pseudo_labels: online}",
     "fused": "{trainer: nnUNetTrainerPGCD, fusion: auto}",
+    "balanced": "{trainer: nnUNetTrainerPGCD, class_balance: true}",
 }
 EXTRA = "variants: {" + ", ".join(f"{name}: {changes}" for name, changes in VARIANTS.items()) + "}"
 
@@ -103,6 +112,20 @@ def test_replay_trains_on_kept_cases_without_their_background(chain):
     assert listing["cases"] == {"step1": [case.removeprefix("step1__") for case in kept]}
 
 
+def test_replay_keeps_cases_of_every_earlier_step(chain, monkeypatch):
+    """As step 3 would, on the models of steps 1 and 2."""
+    trainer, made = trainer_of(chain, 2, "replay"), []
+    second, plans = Path(trainer.output_folder_base), trainer.plans_manager.plans
+    Path(trainer.output_folder).mkdir(parents=True, exist_ok=True)
+    write_json(second / "plans.json", plans)
+    monkeypatch.setitem(plans["cil"], "teacher", f"{second.parent.name}/{second.name}")
+    trainer.block = replace(trainer.block, step=3, classes=(*trainer.block.classes, ("cube",)))
+    monkeypatch.setitem(trainer.block.settings, "replay_cases", 2)
+    monkeypatch.setattr(trainer, "_make_pseudo_labels", lambda cases, kept, what: made.append(what))
+    assert {step: len(data.identifiers) for step, data in trainer._kept_cases().items()} == {"step2": 2, "step1": 2}
+    assert made == [{"of": kept_cases_of(step), "ignored_from": step + 1} for step in (2, 1)]
+
+
 def test_mib_trains_on_bare_labels_and_plop_on_its_own_pseudo_labels(chain):
     for method, rule in (("mib", None), ("plop", PLOP.pseudo_label_rule)):
         trainer = trainer_of(chain, 2, method)
@@ -172,6 +195,45 @@ def test_mirrored_predictions_have_entropy_thresholds_of_their_own(chain):
     assert plain._cache.key["mirror_axes"] is None
     assert mirrored._cache.key["mirror_axes"]
     assert plain._cache.key["entropy"] != mirrored._cache.key["entropy"]
+
+
+def test_entropy_thresholds_are_those_of_the_teacher_and_of_what_is_labelled(chain):
+    trainer = trainer_of(chain, 2, "plop")
+    trainer.on_train_start()
+    cases = trainer.dataloader_train.data_loader._data.identifiers
+    folder = trainer._cache.folder.parent
+    for path in folder.glob("entropy_*.json"):
+        path.unlink()
+    for number, change in enumerate((lambda: None, relabel(trainer), other_teacher(trainer)), 1):
+        for _ in range(2):
+            change()
+            trainer._make_pseudo_labels(cases, training=cases)
+            assert len([*folder.glob("entropy_*.json")]) == number
+
+
+def relabel(trainer):
+    return lambda: trainer._relabelled.update(case_0=(1,))
+
+
+def other_teacher(trainer):
+    return lambda: setattr(trainer, "teacher", replace(trainer.teacher, sha256="f00d"))
+
+
+def test_balance_is_that_of_the_steps_pseudo_labels(chain):
+    trainer = trainer_of(chain, 2, "balanced")
+    trainer.on_train_start()
+    counts = torch.from_numpy(trainer._cache.counts(trainer.dataloader_train.data_loader._data.identifiers))
+    torch.testing.assert_close(trainer.objective.pgcd.balance, class_balance(counts[:2], 5.0))
+
+
+def test_fisher_information_is_taken_at_random_places_of_all_cases(chain):
+    trainer, cases = trainer_of(chain, 2, "ewc"), {}
+    for number, case in enumerate("ba"):
+        cases[case] = 100 * number + np.arange(64.0).reshape(1, 1, 1, 64).repeat(16, 1).repeat(16, 2)
+    dataset = SimpleNamespace(identifiers=list(cases), load_case=lambda case: (cases[case], None))
+    firsts = [float(patch[0, 0, 0, 0, 0]) for patch in islice(trainer._patches(dataset), 8)]
+    assert [first >= 100 for first in firsts] == [True, False] * 4
+    assert len({first % 100 for first in firsts}) > 4
 
 
 def test_imprinted_rows_start_from_prototypes_and_a_resumed_run_keeps_its_own(chain):

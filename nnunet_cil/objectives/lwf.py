@@ -23,20 +23,27 @@ class LwF(Objective):
 class ILT(LwF):
     """Distillation of the old outputs among all (L'_D, eq. 2) and the encoder's last features (L''_D, eq. 4).
 
-    As the softmax of L'_D is that of all outputs, which its targets leave nothing for a new class, it is pushed down
-    wherever the old ones are distilled. MiB's re-implementation takes the old outputs alone.
+    The softmax of L'_D is over all outputs and its targets are those of old ones, so new ones are pushed down.
 
     Differs from the paper: the encoder is nnU-Net's; its features count by a setting of their own.
     """
+
+    among_all = True
 
     @staticmethod
     def feature_paths(network):
         return (encoder_stages(network)[-1],)
 
     def forward(self, student, teacher, labels):
-        outputs = plain_distillation(student.logits, teacher.logits, among_all=True)
+        outputs = plain_distillation(student.logits, teacher.logits, among_all=self.among_all)
         features = feature_distillation(student.features[0], teacher.features[0])
         return {
             "distillation": self.settings["lambda_lwf"] * outputs,
             "features": self.settings["lambda_ilt"] * features,
         }
+
+
+class ILTOfMiB(ILT):
+    """ILT as in the code of MiB (Cermelli et al., CVPR 2020), whose tables later papers copy: old outputs alone."""
+
+    among_all = False

@@ -26,6 +26,7 @@ METHOD_WORDS = {
     "plop": "PLOP: pseudo-labels, and features that are held at several scales",
     "lwf": "LwF: the new model is held to the old one's predictions",
     "ilt": "ILT: the new model is held to the old one's predictions and features",
+    "iltmib": "ILT as in MiB's code: the same, among the old organs alone",
     "ewf": "EWF: the weights of the old and the new model are averaged",
     "ewc": "EWC: weights that mattered for the old organs may change little",
     "replay": "Not privacy-safe: some old scans are kept, with their labels, and trained on again",

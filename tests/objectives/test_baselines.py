@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from nnunet_cil.losses.distillation import feature_distillation, folded_distillation, plain_distillation
-from nnunet_cil.losses.pod import local_pod
+from nnunet_cil.losses.pod import local_pod, with_new_summed_into_background
 from nnunet_cil.objectives.base import Objective, automatic_share
 from nnunet_cil.objectives.ewc import EWC, diagonal_fisher
 from nnunet_cil.objectives.ewf import EWF
 from nnunet_cil.objectives.finetune import Finetune
-from nnunet_cil.objectives.lwf import ILT, LwF
+from nnunet_cil.objectives.lwf import ILT, ILTOfMiB, LwF
 from nnunet_cil.objectives.mib import MiB
 from nnunet_cil.objectives.pgcd import PGCD
 from nnunet_cil.objectives.plop import PLOP
@@ -22,10 +22,10 @@ from nnunet_cil.objectives.pseudo import Pseudo, PseudoKD
 from nnunet_cil.objectives.replay import Replay
 from tests.objectives.common import N_CLASSES, N_OLD, batch, settings
 
-ALL = (Finetune, Pseudo, PseudoKD, LwF, ILT, MiB, PLOP, EWF, EWC, Replay)
+ALL = (Finetune, Pseudo, PseudoKD, LwF, ILT, ILTOfMiB, MiB, PLOP, EWF, EWC, Replay)
 DISTILLING = {PseudoKD: {"distillation"}, LwF: {"distillation"}, ILT: {"distillation", "features"}}
-DISTILLING |= {MiB: {"distillation"}, PLOP: {"pod", "pod_logits"}}
-BARE_LABELS = {Finetune, LwF, ILT, MiB, EWF, EWC}
+DISTILLING |= {ILTOfMiB: DISTILLING[ILT], MiB: {"distillation"}, PLOP: {"pod", "pod_logits"}}
+BARE_LABELS = {Finetune, LwF, ILT, ILTOfMiB, MiB, EWF, EWC}
 
 
 def make(objective: type[Objective], **changes) -> Objective:
@@ -41,6 +41,7 @@ def test_terms_and_what_each_method_needs(objective):
     assert objective.uses_pseudo_labels == (objective not in BARE_LABELS)
     assert not objective.uses_prototypes
     assert objective.replays == (objective is Replay)
+    assert not make(objective, new_rows="prototypes").imprints
 
 
 @pytest.mark.parametrize("objective", DISTILLING)
@@ -65,14 +66,17 @@ def test_pseudo_kd_distils_where_no_new_class_is_labelled():
 
 def test_lwf_and_ilt_have_their_sources_terms():
     student, teacher, labels = batch()
-    lwf = make(LwF, lambda_lwf=3.0)(student, teacher, labels)
-    torch.testing.assert_close(lwf["distillation"], 3 * plain_distillation(student.logits, teacher.logits, 2.0))
+    lwf = make(LwF, lambda_lwf=3.0, lwf_temperature=5.0)(student, teacher, labels)
+    torch.testing.assert_close(lwf["distillation"], 3 * plain_distillation(student.logits, teacher.logits, 5.0))
     ilt = make(ILT, lambda_lwf=3.0, lambda_ilt=0.5)(student, teacher, labels)
     torch.testing.assert_close(
         ilt["distillation"], 3 * plain_distillation(student.logits, teacher.logits, among_all=True)
     )
     expected = 0.5 * feature_distillation(student.features[0], teacher.features[0])
     torch.testing.assert_close(ilt["features"], expected)
+    of_mib = make(ILTOfMiB, lambda_lwf=3.0, lambda_ilt=0.5)(student, teacher, labels)
+    torch.testing.assert_close(of_mib["distillation"], 3 * plain_distillation(student.logits, teacher.logits))
+    torch.testing.assert_close(of_mib["features"], expected)
 
 
 def test_mib_segmentation_folds_old_classes_into_background():
@@ -101,8 +105,8 @@ def test_only_mib_changes_what_the_loss_sees_and_only_plop_scales_it():
 
 def test_mib_distils_everywhere():
     student, teacher, labels = batch()
-    expected = folded_distillation(student.logits, teacher.logits)
-    torch.testing.assert_close(make(MiB)(student, teacher, labels)["distillation"], expected)
+    expected = 3 * folded_distillation(student.logits, teacher.logits)
+    torch.testing.assert_close(make(MiB, lambda_kd=3.0)(student, teacher, labels)["distillation"], expected)
 
 
 def test_plop_is_the_mean_over_layers_scaled_by_classes():
@@ -115,6 +119,9 @@ def test_plop_is_the_mean_over_layers_scaled_by_classes():
     scale = math.sqrt(N_CLASSES / (N_CLASSES - N_OLD))
     terms = make(PLOP, lambda_pod=0.5)(student, teacher, labels)
     torch.testing.assert_close(terms["pod"], 0.5 * scale * (layers[0] + layers[1] + layers[2]) / 3)
+    terms = make(PLOP, lambda_pod_logits=0.3)(student, teacher, labels)
+    logits = with_new_summed_into_background(student.logits, N_OLD)
+    torch.testing.assert_close(terms["pod_logits"], 0.3 * scale * local_pod(logits, teacher.logits))
 
 
 def test_plop_without_pod_is_its_pseudo_labels():
