@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from nnunet_cil.extraction import accumulate_prototypes, tiles
+from nnunet_cil.extraction import accumulate_prototypes, random_patch, tiles
 
 
 @pytest.mark.parametrize(
@@ -72,6 +72,13 @@ def test_shift_is_the_mean_difference_to_the_earlier_network():
         np.testing.assert_allclose(
             (shift[label] / counts[label]).numpy(), 2 * chosen.mean() * np.array([1.0, -2.0, 0.5]), rtol=1e-4
         )
+
+
+def test_random_patches_come_from_everywhere():
+    random = np.random.default_rng(0)
+    image = np.arange(12.0).reshape(1, 1, 1, 12)
+    seen = {float(random_patch(image, (1, 1, 10), random)[0, 0, 0, 0, 0]) for _ in range(50)}
+    assert seen == {0, 1, 2}
 
 
 def test_no_voxel_at_all_is_an_error_of_the_whole_and_not_of_one_rank():

@@ -67,6 +67,8 @@ def test_confusion_leaves_new_classes_out_and_keeps_voxels_without_a_label():
     new = np.array([0, 1, 2, 0, 2, 1])
     labels = np.array([-1, 0, 2, 1, 0, 3])  # outside of the body, background, new, old, background, ignored
     np.testing.assert_array_equal(confusion(old, new, labels, 2, 3), [[1, 0, 1], [1, 2, 0]])
+    of_two_new = confusion(np.array([1, 1, 0]), np.array([3, 2, 0]), np.array([2, 3, 4]), 2, 4)
+    np.testing.assert_array_equal(of_two_new, [[1, 0, 0, 0], [0, 0, 0, 0]])
 
 
 def test_agreement_by_hand():
@@ -74,6 +76,7 @@ def test_agreement_by_hand():
     np.testing.assert_allclose(agreement(voxels[:3]), [2 * 300 / (400 + 350), 0])
     found = agreement(voxels)
     assert math.isnan(found[2]), "99 voxels are too few to tell"
+    assert agreement(np.array([[0, 0, 0], [0, 100, 0]]))[0] == 1, "and 100 are not"
 
 
 def test_what_is_written_is_read_again():
@@ -212,6 +215,20 @@ def test_the_report_has_a_row_a_step(chain, ran):
     assert collect(chain, variants).problems == (
         "The file with what the guard against forgetting saw could not be read and is left out.",
     )
+
+
+def test_an_organ_that_no_test_subject_has_labelled_is_compared_on_new_scans_beside_the_others(chain, monkeypatch):
+    variant = chain.variant("pgcd", 0)
+    for step in (1, 2):
+        write_model(chain, variant, step, {})
+        write_scores(chain, variant, step, {"case_1": {"ball": DICE[step]["ball"]}})
+    voxels = np.array([[9000, 0, 0, 0], [0, 400, 0, 0], [100, 0, 300, 0]])
+    monkeypatch.setattr(guard, "_compared_on_new_scans", lambda *_: (voxels, 5))
+    check = check_step(chain, variant, 2, "all", CPU)
+    assert check.n_scans == 5
+    assert (check.organs["ball"].before, check.organs["ball"].after) == (0.9, 0.85)
+    assert check.organs["tube"].agreement == pytest.approx(600 / 700)
+    assert [organ.labelled for organ in check.organs.values()] == [True, False]
 
 
 def test_a_step_whose_teacher_is_gone_is_not_checked(chain):

@@ -133,6 +133,26 @@ def test_imprinted_student_finds_the_new_class_and_keeps_the_teachers_outputs(ca
     assert (folded - expected)[0].abs().amax(0)[old_organ].mean() < 0.2
 
 
+@pytest.mark.parametrize("shape", [(6, 12, 12), (10, 20, 16)])
+def test_each_voxel_of_the_case_counts_once_and_none_of_its_padding(shape):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(-1, 4, (1, *shape))
+    image = rng.normal(size=labels.shape).astype(np.float32)
+    statistics = class_statistics(network(2), [(image, labels)], (8, 16, 16), 2, 3, CPU)
+    assert statistics[1].counts.tolist() == [(labels == 0).sum(), (labels == 2).sum()]
+
+
+def test_shrinking_goes_with_the_size_of_the_features():
+    features, labels, *_ = gaussian_features(500)
+    found = []
+    for scale in (1.0, 1000.0):
+        statistics = ClassStatistics(2, 3)
+        statistics.add((scale * features).double(), labels)
+        found.append(statistics.discriminant(1))
+    torch.testing.assert_close(1000 * found[1][0], found[0][0])
+    torch.testing.assert_close(found[1][1], found[0][1])
+
+
 def test_a_stage_that_lacks_a_new_class_keeps_its_head(cases):
     teacher, student = network(2), network(3, seed=1)
     statistics = class_statistics(teacher, cases, (8, 16, 16), 2, 3, CPU)

@@ -125,7 +125,7 @@ def test_an_interrupt_ends_the_jobs_and_leaves_them_to_be_started_again(open_cha
     assert not (trainings.folder / "long.done").exists()
 
 
-def test_each_local_job_has_a_gpu_of_its_own(open_chain, monkeypatch):
+def test_each_local_job_has_a_gpu_of_its_own(open_chain, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -144,9 +144,18 @@ def test_each_local_job_has_a_gpu_of_its_own(open_chain, monkeypatch):
         ValueError, match=r"got 5, expected at most 4: a GPU takes 2 at a time \(jobs_per_gpu\), and there are 2\."
     ):
         places(5, per_gpu=2)
+    with pytest.raises(ValueError, match="got 5, expected at most 4"):
+        check_launcher(load_schedule(tmp_path / "schedule.yaml"), "local")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5")
     assert places(2, "auto") == ["3", "GPU-5"]
     assert places(3, "cpu") == [None] * 3
+
+
+def test_a_local_job_sees_the_gpu_that_is_its_place(open_chain, trainings, monkeypatch):
+    monkeypatch.setattr(launcher, "_places", lambda schedule: [{"CUDA_VISIBLE_DEVICES": "GPU-5"}])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5")
+    launch(open_chain(), [trainings.task("one", script="echo $CUDA_VISIBLE_DEVICES >> begun")], "local")
+    assert trainings.begun == ["one", "GPU-5"]
 
 
 @pytest.fixture

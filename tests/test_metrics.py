@@ -76,6 +76,7 @@ def test_one_step_has_no_forgetting():
     assert result["mean"] == result["new_mean"] == result["average_incremental_mean"] == pytest.approx(0.7)
     assert all(np.isnan(result[k]) for k in ("old_mean", "forgetting", "backward_transfer", "plasticity"))
     assert np.isnan(metrics.forgetting_per_class([[0.8, 0.6]], [1, 1])).all()
+    assert metrics.summary([[0.8, 0.6]], [1, 1], is_joint=True) == pytest.approx(result, nan_ok=True), "nor a last step"
 
 
 def test_a_missing_score_is_left_out_not_zero():
@@ -151,6 +152,8 @@ def test_gaps_are_over_the_classes_that_both_have():
     joint[2, 1] = NAN
     assert metrics.gap_to_joint(missing, joint, ONE_EACH) == pytest.approx(0.7 - 0.5)
     assert metrics.plasticity_gap(missing, joint, ONE_EACH) == pytest.approx(0.7 - 0.5)
+    joint[2, 1:] = [0.8, NAN]
+    assert metrics.gap_to_joint(missing, joint, ONE_EACH) == pytest.approx(0.8 - 0.7), "no difference of two means"
 
 
 def test_gaps_without_anything_to_compare():

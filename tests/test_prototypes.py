@@ -281,6 +281,10 @@ def test_damaged_files_are_refused_by_name(tmp_path):
     [
         ({"means": np.zeros((2, D))}, r"means of shape \(2, 3\), expected \(4, 3\)"),
         ({"means": np.full((K, D), np.nan)}, "means of classes with voxels that are not finite"),
+        (
+            {"means": np.full((K, D), np.nan), "counts": np.zeros(K), "stale": np.ones(K, bool)},
+            "means of classes with voxels that are not finite",
+        ),
         ({"counts": np.zeros(3)}, "counts of shape"),
         ({"counts": np.array([-1.0, 1, 1, 1])}, "negative counts"),
         ({"spread": np.full(K, np.inf)}, "spread of classes"),
@@ -369,6 +373,31 @@ def test_transport_moves_the_old_mean_and_merges_by_counts():
     np.testing.assert_allclose(transported_mean(old, 30, shift, nan, 0), old + shift)
     np.testing.assert_allclose(transported_mean(old, 0, shift, nan, 0), old + shift)
     np.testing.assert_allclose(transported_mean(nan, 0, shift, new, 10), new)
+
+
+def test_transport_moves_old_organs_alone_by_their_mean_shift():
+    accumulator = accumulated([batch((20, 20), 2)])
+    before = finished(accumulated([batch((6, 6), seed=1)]), names=("background", "b", "a", "x"))
+    store, shift, counts = finished(accumulator), torch.arange(float(K * D)).reshape(K, D), 1 + torch.arange(float(K))
+    moved = transported(store, before, shift, counts, accumulator)
+    for row, old in ((1, 2), (2, 1)):
+        by = shift[row].numpy() / float(counts[row])
+        expected = transported_mean(before.means[old], before.counts[old], by, store.means[row], store.counts[row])
+        np.testing.assert_allclose(moved.means[row], expected, rtol=1e-5)
+        assert moved.counts[row] == store.counts[row] + before.counts[old], "what a further step merges by"
+    for row in (0, 3):
+        np.testing.assert_array_equal(moved.means[row], store.means[row], err_msg="background and new classes stay")
+        assert moved.counts[row] == store.counts[row]
+
+
+def test_ranks_draw_samples_of_their_own(monkeypatch):
+    features, labels = torch.arange(900.0).expand(1, D, 900), torch.zeros(1, 900, dtype=torch.long)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    samples = []
+    for rank in range(2):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        samples.append(set(accumulated([(features, labels)], samples_per_class=30)._samples[0][:, 0]))
+    assert len(samples[0] & samples[1]) < 10, "by chance 1"
 
 
 def two_ranks(rank: int, folder: str) -> None:

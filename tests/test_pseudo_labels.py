@@ -50,6 +50,11 @@ def test_thresholds_of_zero_give_the_argmax_everywhere():
     assert torch.equal(merged[:, 0].long(), logits.argmax(1))
 
 
+def test_a_confidence_at_the_threshold_is_believed():
+    probabilities = torch.tensor([[[0.5, 0.75], [0.5, 0.25]]])
+    assert by_confidence(0.5, 0.75)(probabilities, torch.tensor([[[1, 0]]])).all()
+
+
 def test_labels_of_the_step_and_outside_are_never_overruled():
     labels = torch.tensor([-1, 2, 3]).reshape(1, 1, 1, 1, 3)
     merged = merge_pseudo_labels(labels, logits_of([[0.0001, 0.9999]] * 3), by_confidence(0.5, 0.5), ignore_id=3)

@@ -8,7 +8,7 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet, Resi
 from torch import nn
 
 from nnunet_cil.losses.distillation import fold_logits
-from nnunet_cil.teacher import fuse_weights, grow_head
+from nnunet_cil.teacher import Teacher, check_teacher, fuse_weights, grow_head
 
 COMMON = {
     "input_channels": 1,
@@ -99,3 +99,46 @@ def test_fusion_of_1_gives_the_teachers_outputs_and_of_0_the_students():
     assert torch.equal(student(x), before)
     fuse_weights(student, teacher.state_dict(), 1.0)
     torch.testing.assert_close(student(x)[:, :2], teacher(x))
+
+
+CONFIGURATION = {"architecture": {}, "patch_size": [8, 8, 8], "batch_size": 2, "data_identifier": "a"}
+PLANS = {
+    "configurations": {"3d_fullres": CONFIGURATION},
+    "transpose_forward": [0, 1, 2],
+    "foreground_intensity_properties_per_channel": {"0": {"mean": 1.0}},
+    "image_reader_writer": "SimpleITKIO",
+}
+DATASET = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "spleen": 1, "liver": 2, "ignore": 3}}
+OLD = ("spleen", "liver")
+
+
+def check(plans: dict | None = None, dataset_json: dict | None = None, configuration: str = "3d_fullres") -> None:
+    """A teacher of ``PLANS`` and ``DATASET`` for a step with some changes."""
+    teacher = Teacher(nn.Identity(), {}, PLANS, DATASET, "3d_fullres", "nnUNetTrainer", None, "", None)
+    check_teacher(teacher, {**PLANS, **(plans or {})}, {**DATASET, **(dataset_json or {})}, configuration, OLD)
+
+
+def test_a_teacher_fits_whose_batches_data_folder_and_later_labels_are_others():
+    check()
+    other = {**CONFIGURATION, "batch_size": 4, "data_identifier": "b"}
+    check({"configurations": {"3d_fullres": other}}, {"labels": {"background": 0, "kidney": 3}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"plans": {"transpose_forward": [2, 0, 1]}}, r"transpose_forward: teacher \[0, 1, 2\], step \[2, 0, 1\]"),
+        ({"plans": {"foreground_intensity_properties_per_channel": {"0": {"mean": 2.0}}}}, "properties_per_channel: "),
+        ({"plans": {"foreground_intensity_properties_by_modality": {}}}, "properties_by_modality: teacher None"),
+        (
+            {"plans": {"configurations": {"3d_fullres": {**CONFIGURATION, "patch_size": [8, 8, 16]}}}},
+            r"3d_fullres.patch_size: teacher \[8, 8, 8\], step \[8, 8, 16\]",
+        ),
+        ({"plans": {"image_reader_writer": "NibabelIO"}}, "image_reader_writer: teacher SimpleITKIO, step NibabelIO"),
+        ({"dataset_json": {"channel_names": {"0": "MR"}}}, "channel_names: teacher {'0': 'CT'}, step {'0': 'MR'}"),
+        ({"configuration": "2d"}, "configuration: teacher 3d_fullres, step 2d"),
+    ],
+)
+def test_a_teacher_with_another_input_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        check(**changes)

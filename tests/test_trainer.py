@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import sys
 import zipfile
@@ -11,7 +12,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
 from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint, run_training
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_cil.chain import Chain
@@ -23,7 +26,7 @@ from nnunet_cil.prototypes import PrototypeStore
 from nnunet_cil.schedule import load_schedule
 from nnunet_cil.step_files import write_json
 from nnunet_cil.teacher import grow_head
-from nnunet_cil.trainer import IncrementalTrainer, unwrap
+from nnunet_cil.trainer import IncrementalTrainer, WarmupPolyLRScheduler, unwrap
 from tests.conftest import write_schedule, write_tiny_dataset
 
 CPU = torch.device("cpu")
@@ -225,6 +228,79 @@ def test_interrupted_run_restores_teacher_and_background(trained, started):
     assert "loss_pgcd_spatial" in again.train_step(next(again.dataloader_train))
 
 
+def test_a_training_does_not_go_on_with_another_teacher(trained, started):
+    started.save_checkpoint(str(fold_of(trained, 2) / "checkpoint_latest.pth"))
+    again = trainer_of(trained, 2, resume=True)
+    again._resumed = {**again._resumed, "teacher": "f00d"}
+    with pytest.raises(ValueError, match="expected f00d, with which this training was begun"):
+        again.on_train_start()
+
+
+def test_pseudo_labels_are_kept_by_teacher_and_data_and_believed_by_their_own_thresholds(started):
+    manager = started.configuration_manager
+    made_of = {"teacher": started.teacher.sha256, "data": manager.data_identifier, "configuration": "3d_fullres"}
+    assert made_of.items() <= started._cache.key.items()
+    settings = started.block.settings
+    between = (settings["tau_old"] + settings["tau_background"]) / 2
+    probabilities = torch.tensor([[[between, 1 - between], [1 - between, between]]])
+    believed = started._believed()(probabilities, torch.tensor([[[0, 1]]]))
+    assert believed.flatten().tolist() == [False, True], "the old organ, not background"
+
+
+def test_online_labels_are_scaled_down_as_nnunet_scales_labels_down(started):
+    full = torch.randint(0, 3, (2, 1, 16, 16, 16), generator=torch.Generator().manual_seed(0))
+    target = DownsampleSegForDSTransform([1, 0.5])
+    lower = [torch.empty(2, 1, *(n // 2 for n in full.shape[2:]))]
+    merged = started._with_online_labels([full, *lower], torch.zeros(2, 2, 16, 16, 16))
+    for b in range(2):
+        expected = target._apply_to_segmentation(merged[0][b])
+        assert all(torch.equal(ours[b], theirs) for ours, theirs in zip(merged, expected, strict=True))
+
+
+def test_gradients_are_clipped_to_the_norm_that_nnunet_clips_to(started):
+    segmentation = started._segmentation_loss
+    started._segmentation_loss = lambda *arguments: 1e4 * segmentation(*arguments)
+    started.train_step(next(started.dataloader_train))
+    norm = torch.stack([p.grad.norm() for p in started.network.parameters() if p.grad is not None]).norm()
+    assert float(norm) == pytest.approx(12, rel=1e-3)
+
+
+def test_a_class_that_no_training_case_holds_is_refused(started, monkeypatch):
+    properties = {"class_locations": {1: [(0, 0, 0, 0)], 2: []}}
+    empty = SimpleNamespace(identifiers=["a"], load_case=lambda case: (None, None, None, properties))
+    monkeypatch.setattr(nnUNetTrainer, "get_tr_and_val_datasets", lambda self: (empty, empty))
+    with pytest.raises(ValueError, match=r"fold all: got no voxel of \['blob'\] in any of the 1 training cases"):
+        started.get_tr_and_val_datasets()
+
+
+def test_a_class_is_in_one_piece_if_it_is_in_every_case(started):
+    whole, parted = np.zeros((1, 4, 4, 4), np.int16), np.zeros((1, 4, 4, 4), np.int16)
+    whole[0, 0] = parted[0, 0] = parted[0, 2] = 2
+    for cases, expected in (({"a": whole}, ("ball", "blob")), ({"a": whole, "b": parted}, ("ball",)), ({}, ("ball",))):
+        dataset = SimpleNamespace(identifiers=list(cases), load_case=lambda case, cases=cases: (None, cases[case]))
+        assert started._in_one_piece(dataset, ("ball",)) == expected
+
+
+def test_each_rank_has_a_seed_of_its_own(started):
+    seeds = []
+    for rank in range(2):
+        started.local_rank = rank
+        started._seed()
+        seeds.append((torch.initial_seed(), np.random.random(), random.random()))
+    assert seeds[0][0] == started.block.training.seed
+    assert all(first != second for first, second in zip(*seeds, strict=True))
+
+
+def test_transported_prototypes_are_merged_with_those_of_before(started, monkeypatch):
+    previous, dataset = started.teacher.prototypes, started.dataloader_train.data_loader._data
+    started.set_deep_supervision_enabled(False)
+    counts = {}
+    for chosen in ("reextract", "transport"):
+        monkeypatch.setitem(started.block.settings, "old_prototypes", chosen)
+        counts[chosen] = started._extract(unwrap(started.network).eval(), dataset, 3, "", previous).counts
+    np.testing.assert_array_equal(counts["transport"] - counts["reextract"], [0, previous.counts[1], 0])
+
+
 def test_whole_step_2_and_finetune(trained):
     train(trained, 2)
     train(trained, 2, "finetune")
@@ -351,6 +427,33 @@ def test_a_later_step_takes_no_pretrained_weights_and_says_so(trained):
     assert not any((parameter == 7).any() for parameter in trainer.network.parameters())
     (log,) = fold_of(trained, 2).glob("training_log*.txt")
     assert "other weights (-pretrained_weights) are not used" in log.read_text(encoding="utf-8")
+
+
+def test_warm_up_scales_nnunets_decay_up_linearly():
+    def rates(make, *arguments):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        scheduler, found = make(optimizer, 0.1, 10, *arguments), []
+        for epoch in range(5):
+            scheduler.step(epoch)
+            found.append(optimizer.param_groups[0]["lr"])
+        return np.array(found)
+
+    expected = rates(PolyLRScheduler) * [1 / 4, 2 / 4, 3 / 4, 1, 1]
+    np.testing.assert_allclose(rates(WarmupPolyLRScheduler, 3), expected)
+
+
+@pytest.mark.parametrize(("axes", "mirrored"), [("[0, 2]", (0, 2)), ("[]", None)])
+def test_later_steps_have_a_rate_and_warm_up_of_their_own_and_all_steps_the_mirrored_axes(
+    tmp_path, monkeypatch, axes, mirrored
+):
+    changes = {"training": ", initial_lr: 0.02, later_lr: 0.003, warmup_epochs: 2", "extra": f"mirror_axes: {axes}"}
+    chain = make_chain(tmp_path, monkeypatch, methods=("pgcd",), **changes)
+    for step, rate, scheduler in ((1, 0.02, PolyLRScheduler), (2, 0.003, WarmupPolyLRScheduler)):
+        trainer = trainer_of(chain, step)
+        trainer.initialize()
+        assert (trainer.initial_lr, type(trainer.lr_scheduler)) == (rate, scheduler)
+        assert trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()[3] == mirrored
+        assert trainer.inference_allowed_mirroring_axes == mirrored
 
 
 def test_without_deep_supervision_all_that_trains_gets_a_gradient(tmp_path, monkeypatch):

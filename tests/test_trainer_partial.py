@@ -174,6 +174,15 @@ def test_a_method_with_bare_labels_folds_on_top_of_its_own_folding(chain, monkey
     assert all((logits[0, 1] == NEVER).all() and (logits[1, 1] > NEVER / 2).all() for logits in folded)
 
 
+def test_rows_are_imprinted_from_cases_that_have_all_labels(chain, monkeypatch):
+    seen = []
+    monkeypatch.setattr("nnunet_cil.trainer.class_statistics", lambda network, cases, *_: seen.extend(cases) or {})
+    data = started(chain, 2, "imprinted").dataloader_train.data_loader._data
+    whole = [data.load_case(case)[1][:] for case in data.identifiers if case != "case_2"]
+    assert len(seen) == len(whole) == 3
+    assert all(np.array_equal(labels[:], expected) for (_, labels), expected in zip(seen, whole, strict=True))
+
+
 @pytest.mark.parametrize("method", ["pgcd", "imprinted"])
 def test_a_whole_step_trains(chain, method):
     train(chain, 2, method)

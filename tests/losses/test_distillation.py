@@ -140,6 +140,16 @@ def test_plain_distillation_gradient():
     assert student.grad[:, 3:].abs().sum() == 0, "LwF knows nothing of new classes"
 
 
+@pytest.mark.parametrize("loss", [plain_distillation, feature_distillation])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_ends_at_the_other_losses(loss, dtype):
+    student, teacher = logits(3, 3, 4).to(dtype), logits(3, 3, 4, seed=9).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = loss(student, teacher)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, loss(student.float(), teacher.float()))
+
+
 def test_feature_distillation_is_the_mean_squared_error_with_a_gradient_for_the_student():
     student = torch.tensor([1.0, 3.0]).reshape(1, 2, 1).requires_grad_()
     teacher = torch.tensor([0.0, 1.0]).reshape(1, 2, 1).requires_grad_()

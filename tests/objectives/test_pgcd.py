@@ -34,6 +34,11 @@ def test_all_terms_have_their_weights():
         torch.testing.assert_close(weighted[name], factor * plain[name])
 
 
+def test_settings_reach_the_losses():
+    chosen = objective(w_max=1.5, voxel_stride=2, n_min=3)
+    assert (chosen.pgcd.w_max, chosen.pgcd.voxel_stride, chosen.dapd.n_min) == (1.5, 2, 3)
+
+
 def test_all_that_it_computes_with_follows_the_device():
     own = objective()
     kept = {name for module in own.modules() for name, value in vars(module).items() if isinstance(value, torch.Tensor)}
@@ -113,6 +118,26 @@ def test_a_class_without_prototype_gives_finite_terms():
     assert all(torch.isfinite(term) for term in objective(store(means))(*batch()).values())
 
 
+def test_a_class_without_prototype_has_no_share_of_the_voxels():
+    means = store().means.copy()
+    means[2] = np.nan
+    objective_, (student, teacher, labels) = objective(store(means), mu=1.0, eta=1.0, lambda_dapd=0.0), batch()
+    expected = objective_.pgcd(
+        student.logits,
+        teacher.logits,
+        student.features[0],
+        teacher.features[0],
+        labels,
+        objective_.means,
+        objective_.centre,
+        torch.tensor([True, True, False]),
+        objective_.tau,
+    )
+    terms = objective_(student, teacher, labels)
+    for name in ("pgcd_spatial", "pgcd_channel"):
+        torch.testing.assert_close(terms[name], expected[name])
+
+
 @pytest.mark.parametrize("prototypes", [None, "too many"])
 def test_prototypes_of_other_classes_are_refused(prototypes):
     with pytest.raises(ValueError, match=r"prototypes: got (none|3), expected"):
@@ -134,10 +159,10 @@ def test_balance_of_equal_or_absent_classes_is_one():
 
 def test_balance_is_taken_from_the_counts_of_the_old_classes_only_where_asked_for():
     counts = torch.tensor([100.0, 10.0, 1.0, 50.0, 50.0])
-    balanced, plain = objective(class_balance=True), objective()
+    balanced, plain = objective(class_balance=True, class_balance_max=2.0), objective()
     for each in (balanced, plain):
         each.set_label_counts(counts)
-    torch.testing.assert_close(balanced.pgcd.balance, class_balance(counts[:N_OLD], 5.0))
+    torch.testing.assert_close(balanced.pgcd.balance, class_balance(counts[:N_OLD], 2.0))
     assert plain.pgcd.balance is None
 
 
