@@ -34,7 +34,7 @@ SCHEDULE = {
 }
 
 
-def test_pgcd_keeps_the_anterior_part_that_finetune_loses(tmp_path, nnunet_folders):
+def test_pgcd_lwf_and_mib_keep_the_anterior_part_that_finetune_loses(tmp_path, nnunet_folders):
     source = real_data("hippocampus")
     split = json.loads((source / "split.json").read_text(encoding="utf-8"))
     (tmp_path / "split.json").write_text(json.dumps({"train": split["train"][:60], "test": split["test"][:8]}))
@@ -47,13 +47,16 @@ def test_pgcd_keeps_the_anterior_part_that_finetune_loses(tmp_path, nnunet_folde
         "--methods",
         "pgcd",
         "finetune",
+        "lwf",
+        "mib",
     ]
     done = shell.run(command, tmp_path, os.environ, seconds=1200)
     assert done.returncode == 0, done.stdout
     scores = json.loads((tmp_path / "nnUNet_results" / "chain_hippocampus" / "scores.json").read_text(encoding="utf-8"))
-    pgcd, finetune = (run["dice"] for run in scores["runs"])
+    pgcd, finetune, lwf, mib = (run["dice"] for run in scores["runs"])
     assert scores["n_test_subjects"] == 8
     assert pgcd[0][0] > 0.7
     assert finetune[1][0] < 0.05
     assert pgcd[1][0] > pgcd[0][0] - 0.03
     assert pgcd[1][1] > finetune[1][1] - 0.05
+    assert min(lwf[1][0], mib[1][0]) > finetune[1][0] + 0.1, "as their papers say"
