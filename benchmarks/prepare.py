@@ -47,10 +47,12 @@ def measure(source: Path | None, rounds: int, root: Path) -> dict:
     from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprint_dataset, preprocess_dataset
 
     from nnunet_cil import dataset, nnunet_api
+    from nnunet_cil.cases import step_cases
     from nnunet_cil.chain import Chain
     from nnunet_cil.parallel import worker_count
     from nnunet_cil.phantom import write_phantom
     from nnunet_cil.schedule import load_schedule
+    from nnunet_cil.source_check import check_sources
 
     if source is None:
         source = root / "phantoms"
@@ -64,8 +66,8 @@ def measure(source: Path | None, rounds: int, root: Path) -> dict:
     (root / "bench.yaml").write_text(yaml.safe_dump(content))
     chain = Chain.open(load_schedule(root / "bench.yaml"))
     dataset.prepare_chain(chain, [chain.variant("pgcd", 0)])
-    cases = {step: dataset.step_cases(chain.schedule, step) for step in (1, 2)}
-    scans = dataset.check_sources(chain.schedule, cases)
+    cases = {step: step_cases(chain.schedule, step) for step in (1, 2)}
+    scans = check_sources(chain.schedule, cases)
     folder, number, n_cases = chain.preprocessed(2), chain.dataset_id(2), len(cases[2])
     plans_name = chain.content["plans_name"]
     workers = worker_count(n_cases)

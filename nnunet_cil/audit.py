@@ -16,8 +16,9 @@ from typing import Any
 
 from nnunet_cil import nnunet_api
 from nnunet_cil.block import BLOCK_KEY
+from nnunet_cil.cases import file_id, step_source
 from nnunet_cil.chain import JOINT, Chain, is_finished, keeps_scans
-from nnunet_cil.dataset import file_id, is_prepared, keep_source, step_source
+from nnunet_cil.dataset import is_prepared, keep_source
 from nnunet_cil.prototypes import PrototypeStore
 from nnunet_cil.pseudo_labels import kept_cases_of
 from nnunet_cil.step_files import PROTOTYPE_FILE, REPLAY_FILE, STEP_FILE, read_step_file, write_json

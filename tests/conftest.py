@@ -94,7 +94,7 @@ def write_tiny_dataset(
 def quick_preparation():
     """nnU-Net's 10^8 intensities and the 12 processes by which it lists files take seconds in each preparation."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nnunet_cil.dataset.INTENSITY_SAMPLES", QUICK_SAMPLES)
+        patch.setattr("nnunet_cil.source_check.INTENSITY_SAMPLES", QUICK_SAMPLES)
         patch.setattr("nnunetv2.utilities.utils.Pool", ThreadPool, raising=False)
         yield
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from nnunet_cil import dataset, driver, schedule
+from nnunet_cil import driver, schedule, source_check
 from nnunet_cil.cli.main import main
 
 SHORT = {"epochs": 1, "iterations_per_epoch": 2, "val_iterations_per_epoch": 1}
@@ -14,7 +14,7 @@ def shorten() -> None:
     """Whatever a schedule says, a training is short; `compare` and `ablate` have one method beside the chain's own."""
     whole = schedule.Training.__init__
     schedule.Training.__init__ = lambda training, **given: whole(training, **(given | SHORT))
-    dataset.INTENSITY_SAMPLES = 10**4
+    source_check.INTENSITY_SAMPLES = 10**4
     driver.COMPARED = ("finetune",)
     driver.ABLATIONS = {"no_channel": schedule.ABLATIONS["no_channel"]}
 

@@ -13,16 +13,11 @@ import pytest
 import yaml
 
 from nnunet_cil.schedule import (
-    AMP_CHOICES,
     CONFIGURATIONS,
     DEVICES,
-    INTENSITY_KEYS,
-    INTENSITY_MODES,
     KEYS,
     METHOD_CHOICES,
     METHOD_DEFAULTS,
-    ON_FORGETTING,
-    OPTIONAL_INTENSITY_KEYS,
     Guard,
     Intensity,
     Launcher,
@@ -31,6 +26,13 @@ from nnunet_cil.schedule import (
     ScheduleError,
     Training,
     load_schedule,
+)
+from nnunet_cil.schedule.settings import (
+    AMP_CHOICES,
+    INTENSITY_KEYS,
+    INTENSITY_MODES,
+    ON_FORGETTING,
+    OPTIONAL_INTENSITY_KEYS,
 )
 from tests.test_given_model import write_model
 

@@ -14,7 +14,7 @@ LAYERS = (
     {"nnunet_api", "environment", "phantom", "convert", "logging_terms", "precision"},
     {"teacher", "block", "lineage", "plan_override", "intensity", "extraction", "pseudo_labels", "imprinting"},
     {"objectives", "chain"},
-    {"trainer", "dataset"},
+    {"trainer", "cases", "source_check", "dataset"},
     {"driver", "evaluate", "report", "export", "audit", "guard", "launcher", "gather", "present", "advice"},
     {"cli", "trainers"},
 )

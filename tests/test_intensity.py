@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from nnunet_cil import nnunet_api
-from nnunet_cil.dataset import step_cases
+from nnunet_cil.cases import step_cases
 from nnunet_cil.intensity import set_intensity, warn_of_clipping
 from nnunet_cil.schedule import Intensity, load_schedule
 from tests.conftest import write_schedule, write_tiny_dataset

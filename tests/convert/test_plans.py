@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from nnunet_cil import dataset
+from nnunet_cil.cases import step_cases
+from nnunet_cil.cases import test_cases as held_out_cases
 from nnunet_cil.cli import convert
 from nnunet_cil.schedule import load_schedule
+from nnunet_cil.source_check import check_sources
 from tests.convert.made_up import MAKERS, make_msd, make_totalsegmentator
 
 PLANS = sorted((Path(__file__).parents[2] / "plans").glob("*.yaml"))
@@ -54,9 +56,9 @@ def test_plan_fits_the_dataset_that_it_asks_for(tmp_path, nnunet_folders, plan, 
         assert schedule.source == folder
         assert schedule.train_subjects
         assert not set(schedule.train_subjects) & set(schedule.test[0].subjects)
-    cases = {step: dataset.step_cases(schedule, step) for step in schedule.own_steps}
-    assert dataset.check_sources(schedule, cases)
-    assert dataset.test_cases(schedule)
+    cases = {step: step_cases(schedule, step) for step in schedule.own_steps}
+    assert check_sources(schedule, cases)
+    assert held_out_cases(schedule)
 
 
 @pytest.mark.parametrize(

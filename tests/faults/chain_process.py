@@ -151,12 +151,12 @@ def import_all() -> None:
     import nnunetv2.run.run_training
     import nnunetv2.utilities.utils
 
-    from nnunet_cil import dataset
+    from nnunet_cil import source_check
     from nnunet_cil.environment import trainer_path_variable
     from nnunet_cil.nnunet_api import environment_variable, trainer_class
     from tests.conftest import QUICK_SAMPLES
 
-    dataset.INTENSITY_SAMPLES = QUICK_SAMPLES
+    source_check.INTENSITY_SAMPLES = QUICK_SAMPLES
     nnunetv2.utilities.utils.Pool = ThreadPool
     with environment_variable("nnUNet_extTrainer", trainer_path_variable()):
         trainer_class("nnUNetTrainerPGCD")

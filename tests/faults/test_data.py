@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import SimpleITK
 
-from nnunet_cil.dataset import step_cases
+from nnunet_cil.cases import step_cases
 from nnunet_cil.parallel import SMALL_BYTES, over_cases
 from nnunet_cil.schedule import load_schedule
 from tests.conftest import write_schedule, write_tiny_dataset
-from tests.test_dataset import refusal
+from tests.datasets import refusal
 
 
 @pytest.fixture

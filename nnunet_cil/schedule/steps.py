@@ -1,0 +1,121 @@
+"""What each step learns, on which data, and the model that the first one may be."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from nnunet_cil.given_model import GivenModel, read_model
+from nnunet_cil.labels import RESERVED
+from nnunet_cil.schedule.content import Step, kept_source
+from nnunet_cil.schedule.datasets import check_own_names, class_map_of, class_names_of, dataset_of, unlabelled_of
+from nnunet_cil.schedule.reading import Reading
+from nnunet_cil.schedule.settings import NAME
+
+
+def model_of(reading: Reading, value: Any) -> GivenModel | None:
+    if value is None:
+        return None
+    path = reading.path("model", value)
+    for key in ("plans", "intensity", "mirror_axes", "source", "configuration"):
+        if reading.raw.get(key) is not None:
+            reading.problem(
+                key, "the key beside a model", "no such key: it is the model's, or each step has its dataset"
+            )
+    try:
+        return None if path is None else read_model(path)
+    except (ValueError, OSError) as error:
+        reading.problems.append(f"{reading.file}: model: {error}")
+        return None
+
+
+def check_folds_of(reading: Reading, model: GivenModel, folds: Sequence[int | str]) -> None:
+    try:
+        for fold in folds:
+            model.fold_for(fold)
+    except ValueError as error:
+        reading.problems.append(f"{reading.file}: fold: {error}")
+
+
+def steps_of(reading: Reading, value: Any, source: Path | None, given: Sequence[str] = ()) -> tuple[Step, ...]:
+    if not isinstance(value, list) or not value:
+        reading.problem("steps", repr(value), "a list with the classes of each step")
+        return ()
+    steps, seen = [], dict.fromkeys(given, "the model")
+    for index, entry in enumerate(value):
+        key = f"steps[{index}]"
+        number = index + (2 if given else 1)
+        step = (
+            _own_step(reading, key, entry, number)
+            if isinstance(entry, dict)
+            else _cut_step(reading, key, entry, source)
+        )
+        if step is None:
+            continue
+        new = tuple(name for name in step.classes if name not in seen)
+        relabels = isinstance(entry, dict) and len(new) > 0  # its data label old classes as well
+        for name in step.classes:
+            if name in RESERVED:
+                reading.problem(key, repr(name), "a class; that name is nnU-Net's own")
+            if name in seen and not relabels:
+                expected = "at least one new class" if isinstance(entry, dict) else "each class in one step, once"
+                reading.problem(key, f"class {name!r} that {seen[name]} has already", expected)
+            seen.setdefault(name, key)
+        steps.append(replace(step, classes=new) if relabels else step)
+    for step, key in [(step, seen[step.classes[0]]) for step in steps if step.joint_map and step.classes]:
+        found = {name for name in (step.joint_map or {}).values() if name is not None}
+        if found != set(seen):
+            reading.problem(f"{key}: joint", sorted(found), f"all classes of the steps: {list(seen)}")
+    kinds = {isinstance(entry, dict) for entry in value}
+    if len(kinds) > 1:
+        reading.problem("steps", "steps with and without a dataset of their own", "all of one kind")
+    if kinds == {True} and source is not None:
+        reading.problem("source", "a source beside steps with datasets of their own", "one of the two")
+    if kinds == {True} and reading.raw.get("images") is not None:
+        reading.problem(
+            "images", "images beside steps with datasets of their own", "no such key: each step has its images"
+        )
+    return tuple(steps)
+
+
+def _cut_step(reading: Reading, key: str, entry: Any, source: Path | None) -> Step | None:
+    names = class_names_of(reading, key, entry)
+    if reading.raw.get("source") is None:
+        reading.problem(key, "classes without a dataset", "`source`, or {dataset: ..., classes: ...}")
+        return None
+    if names is None:
+        return None
+    if source is not None:
+        check_own_names(reading, key, names, source)
+    return Step(tuple(names))
+
+
+def _own_step(reading: Reading, key: str, entry: Mapping, number: int) -> Step | None:
+    reading.known_keys(f"{key}: ", entry, ("dataset", "classes", "joint", "unlabelled"))
+    n_problems, kept = len(reading.problems), _kept_source(reading, number)
+    folder = dataset_of(reading, f"{key}: dataset", entry.get("dataset"))
+    if is_gone := folder is None and kept is not None:
+        folder = kept
+        del reading.problems[n_problems:]
+    joint = class_map_of(reading, f"{key}: joint", entry["joint"], folder) if "joint" in entry else None
+    class_map = class_map_of(reading, f"{key}: classes", entry.get("classes"), folder)
+    if folder is None or class_map is None:
+        return None
+    classes = tuple(dict.fromkeys(name for name in class_map.values() if name is not None))
+    if not classes:
+        reading.problem(f"{key}: classes", "no class", "at least one that is learned")
+    unlabelled = unlabelled_of(reading, f"{key}: unlabelled", entry.get("unlabelled"), None if is_gone else folder)
+    return Step(classes, folder, class_map, joint, unlabelled)
+
+
+def _kept_source(reading: Reading, number: int) -> Path | None:
+    """What the chain kept of a step's dataset, whose scans may be gone once they are trained on."""
+    results = os.environ.get("nnUNet_results")  # noqa: SIM112  (nnU-Net's spelling)
+    name = reading.raw.get("name")
+    if not results or not isinstance(name, str) or not NAME.fullmatch(name):
+        return None
+    folder = kept_source(Path(results).absolute() / f"chain_{name}", number)
+    return folder if (folder / "dataset.json").is_file() else None
