@@ -70,7 +70,7 @@ def texts_of(node: ast.AST) -> Iterator[tuple[int, str]]:
 def messages() -> list[Message]:
     """All that have words of their own, not only those of another message or of a key."""
     found = []
-    for path in sorted((ROOT / "nnunet_cil").rglob("*.py")):
+    for path in sorted([*(ROOT / "nnunet_cil").rglob("*.py"), *(ROOT / "trainers").glob("*.py")]):
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         for line, text in texts_of(ast.parse(path.read_text(encoding="utf-8"))):
             words = re.findall("[A-Za-z]{2,}", text)

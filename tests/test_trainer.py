@@ -417,6 +417,15 @@ def test_edited_labels_and_regions_are_refused(trained):
         write_json(path, content)
 
 
+def test_joint_is_refused_on_a_later_step_where_it_would_be_finetuning(trained):
+    trainer = get_trainer_from_args(
+        trained.dataset_name(2), "3d_fullres", "all", "nnUNetTrainerJoint", "nnUNetPlans", device=CPU
+    )
+    with pytest.raises(ValueError, match=r"got step 2 of chain 'tiny', expected a dataset with the labels of all"):
+        trainer.run_training()
+    shutil.rmtree(trainer.output_folder_base)
+
+
 def test_a_later_step_takes_no_pretrained_weights_and_says_so(trained):
     trainer = trainer_of(trained, 2)
     trainer.initialize()  # nnU-Net does, to load -pretrained_weights before the training starts

@@ -32,7 +32,6 @@ from nnunet_cil.report.qualitative import plot_panel, read_slice, typical_and_wo
 from nnunet_cil.report.table import Row, marked
 from nnunet_cil.report.words import last_scored_step, listed
 
-PREFERRED_REFERENCE = "pgcd"
 _CLASSES_SIDE_BY_SIDE = 16
 SCORES = {"dice": ("Dice (%)", 100.0), "hd95_mm": ("HD95 (mm)", 1.0), "nsd": ("NSD (%)", 100.0)}
 
@@ -61,10 +60,11 @@ def draw_all(found: Collected, folder: Path) -> dict[str, Shelf]:
 
 
 def reference_method(found: Collected) -> str | None:
-    """The method by which subjects are chosen: pgcd if its last step is scored, else the first whose last step is."""
+    """The method by which subjects are chosen: that of the paired differences, else the first scored one."""
     scored = [method for method in found.methods if last_scores(_runs(found, method), found.classes, "dice")[0]]
     chains = [method for method in scored if method != JOINT]
-    return PREFERRED_REFERENCE if PREFERRED_REFERENCE in scored else next(iter([*chains, *scored]), None)
+    compared = found.paired.get("reference")
+    return compared if compared in scored else next(iter([*chains, *scored]), None)
 
 
 def _runs(found: Collected, method: str) -> list:

@@ -25,12 +25,15 @@ name: {name}
 source: {source}
 test: {source}/split.json
 device: cpu
+trainer: {trainer}
 training: {{epochs: 3, iterations_per_epoch: 2, seed: 0}}
 steps: {steps}
 """
 
 
-def open_chain(folder: Path, steps: Sequence[Sequence[str]] = STEPS, name: str = "tiny") -> Chain:
+def open_chain(
+    folder: Path, steps: Sequence[Sequence[str]] = STEPS, name: str = "tiny", trainer: str = "nnUNetTrainerPGCD"
+) -> Chain:
     """A planned chain with these classes by step; nnU-Net's variables must be set."""
     source = write_tiny_dataset(folder / "source", n_cases=2)
     dataset = json.loads((source / "dataset.json").read_text(encoding="utf-8"))
@@ -38,7 +41,8 @@ def open_chain(folder: Path, steps: Sequence[Sequence[str]] = STEPS, name: str =
     dataset["labels"] = {"background": 0, **{name: value for value, name in enumerate(names, 1)}}
     (source / "dataset.json").write_text(json.dumps(dataset))
     path = folder / f"{name}.yaml"
-    path.write_text(SCHEDULE.format(name=name, source=source, steps=json.dumps([list(c) for c in steps])))
+    listed = json.dumps([list(c) for c in steps])
+    path.write_text(SCHEDULE.format(name=name, source=source, trainer=trainer, steps=listed))
     chain = Chain.open(load_schedule(path))
     chain.content["plans_name"] = "nnUNetPlans"
     chain.save()

@@ -286,6 +286,17 @@ def test_an_organ_that_no_subject_has(chain):
     assert "nan" not in page.text
 
 
+@pytest.mark.parametrize("methods", [("pgcd", "mib"), ("pgcd", "finetune", "joint")])
+def test_subjects_of_the_pictures_are_chosen_by_the_method_that_the_table_compares_with(
+    nnunet_folders, tmp_path, methods
+):
+    chain = open_chain(tmp_path, trainer="nnUNetTrainerMiB")
+    page = Page(write_report(chain, write_chain(chain, methods)))
+    (chosen,) = set(re.findall(r"Chosen by the scores of (\w+):", page.text))
+    (compared,) = set(re.findall(r"Is the difference to (\w+) more than chance", page.text))
+    assert chosen == compared == ("mib" if "mib" in methods else "pgcd")
+
+
 def test_joint_alone(chain):
     variant = chain.variant("joint", 0)
     write_scores(chain, variant, JOINT, {"a": {"ball": 0.9, "tube": 0.8, "blob": 0.7}})
