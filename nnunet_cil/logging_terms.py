@@ -8,6 +8,7 @@ from time import monotonic
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
 
 PLOT_EVERY_SECONDS = 60.0
+SHARE_OF_PLOTS = 0.01  # of a training's time, at most
 TERM_PREFIX = "loss_"
 
 
@@ -15,12 +16,13 @@ class TermLogger(LocalLogger):
     """Accepts keys that start with ``loss_`` and adds a panel of them to ``progress.png``.
 
     nnU-Net draws its plot at the end of every epoch, which takes seconds: with short epochs that is most of the time.
-    It is drawn once a minute here, from the first minute on, and by ``draw`` at the end of training.
+    It is drawn once a minute here, from the first minute on, and less often where that takes more than a hundredth of
+    the time; and by ``draw`` at the end of training.
     """
 
     def __init__(self) -> None:
         super().__init__(verbose=False)
-        self._last_plot = monotonic()
+        self._last_plot, self._seconds_of_plot = monotonic(), 0.0
 
     def log(self, key: str, value: float, epoch: int) -> None:
         if key.startswith(TERM_PREFIX):
@@ -29,9 +31,11 @@ class TermLogger(LocalLogger):
         super().log(key, value, epoch)
 
     def plot_progress_png(self, output_folder: str) -> None:
-        if monotonic() - self._last_plot >= PLOT_EVERY_SECONDS:
+        started = monotonic()
+        if started - self._last_plot >= max(PLOT_EVERY_SECONDS, self._seconds_of_plot / SHARE_OF_PLOTS):
             self.draw(output_folder)
             self._last_plot = monotonic()
+            self._seconds_of_plot = self._last_plot - started
 
     def draw(self, output_folder: str) -> None:
         """Write ``progress.png``: nnU-Net's panels and, below them, the named loss terms by epoch."""

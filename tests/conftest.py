@@ -10,12 +10,15 @@ from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side: threads of one would fight with those of another
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# nnU-Net's plot at the end of each training has 16 million pixels, which take as long as all else in a tiny training
+os.environ.setdefault("MATPLOTLIBRC", str(Path(__file__).with_name("matplotlibrc")))
 
 import numpy as np
 import pytest
 import SimpleITK
 from hypothesis import settings
 
+from nnunet_cil.report import figures
 from tests.faults.table import pytest_itemcollected, pytest_terminal_summary  # noqa: F401  (hooks)
 
 REAL_DATA = Path(os.environ.get("NNUNET_CIL_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -92,8 +95,12 @@ def write_tiny_dataset(
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_preparation():
-    """nnU-Net's 10^8 intensities and the 12 processes by which it lists files take seconds in each preparation."""
+    """What takes seconds each time: nnU-Net's 10^8 intensities, its 12 processes that list files, fonts in PDFs.
+
+    What users get is tested by commands in processes of their own.
+    """
     with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(figures._LOOK, "pdf.fonttype", 3)
         patch.setattr("nnunet_cil.source_check.INTENSITY_SAMPLES", QUICK_SAMPLES)
         patch.setattr("nnunetv2.utilities.utils.Pool", ThreadPool, raising=False)
         yield

@@ -6,6 +6,7 @@ import sys
 
 from nnunet_cil import driver, schedule, source_check
 from nnunet_cil.cli.main import main
+from nnunet_cil.report import figures
 
 SHORT = {"epochs": 1, "iterations_per_epoch": 2, "val_iterations_per_epoch": 1}
 
@@ -15,6 +16,7 @@ def shorten() -> None:
     whole = schedule.Training.__init__
     schedule.Training.__init__ = lambda training, **given: whole(training, **(given | SHORT))
     source_check.INTENSITY_SAMPLES = 10**4
+    figures._LOOK["pdf.fonttype"] = 3
     driver.COMPARED = ("finetune",)
     driver.ABLATIONS = {"no_channel": schedule.ABLATIONS["no_channel"]}
 

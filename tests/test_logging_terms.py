@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -62,3 +63,20 @@ def test_short_epochs_do_not_draw_each_time(tmp_path, monkeypatch):
     monkeypatch.setattr(logging_terms, "PLOT_EVERY_SECONDS", 0.0)
     logger.plot_progress_png(str(tmp_path))
     assert len(drawn) == 1
+
+
+def test_plots_take_no_more_than_their_share_of_the_time(tmp_path, monkeypatch):
+    clock, drawn = [0.0], []
+
+    def draw(self, folder):
+        clock[0] += 4.0
+        drawn.append(clock[0])
+
+    monkeypatch.setattr(TermLogger, "draw", draw)
+    monkeypatch.setattr(logging_terms, "monotonic", lambda: clock[0])
+    logger = logged()
+    for _ in range(2000):
+        clock[0] += 1.0
+        logger.plot_progress_png(str(tmp_path))
+    assert drawn[0] == 64.0, "the first after a minute"
+    assert np.allclose(np.diff(drawn), 404.0)

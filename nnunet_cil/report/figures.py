@@ -67,11 +67,13 @@ def drawing(path_png: Path, width: float, height: float) -> Iterator[Figure]:
     if path_png.suffix != ".png":
         raise ValueError(f"path_png: got {path_png.name}, expected a name that ends in .png.")
     with mpl_style.context(["default", _LOOK]):  # nnU-Net's plots leave seaborn's settings behind
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
         FigureCanvasAgg(figure)
         yield figure
+        figure.draw_without_rendering()  # lays it out
+        figure.set_layout_engine(None)  # for both files at once, which else do it twice each
         path_png.parent.mkdir(parents=True, exist_ok=True)
-        _save(figure, path_png, dpi=DPI)
+        _save(figure, path_png)
         _save(figure, path_png.with_suffix(".pdf"), metadata={"CreationDate": None})
 
 

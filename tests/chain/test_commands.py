@@ -63,6 +63,7 @@ def test_run_ends_with_a_table_and_files(driven):
     assert scores["runs"][0]["dice"][0][1] is None, "a class that is not yet learned has no score"
     assert scores["runs"][0]["cost"]["step2"]["seconds_per_iteration"] > 0
     assert (chain / "figures" / "mean_dice.png").stat().st_size > 1000
+    assert b"/FontFile2" in (chain / "figures" / "mean_dice.pdf").read_bytes(), "publishers refuse Type 3 fonts"
     assert "done" in driven.types("nnunet-cil status schedule.yaml")
 
 

@@ -154,9 +154,11 @@ def import_all() -> None:
     from nnunet_cil import source_check
     from nnunet_cil.environment import trainer_path_variable
     from nnunet_cil.nnunet_api import environment_variable, trainer_class
+    from nnunet_cil.report import figures
     from tests.conftest import QUICK_SAMPLES
 
     source_check.INTENSITY_SAMPLES = QUICK_SAMPLES
+    figures._LOOK["pdf.fonttype"] = 3
     nnunetv2.utilities.utils.Pool = ThreadPool
     with environment_variable("nnUNet_extTrainer", trainer_path_variable()):
         trainer_class("nnUNetTrainerPGCD")
