@@ -1,4 +1,4 @@
-"""Which scans a step trains on and which are held out, and where the label values of each go."""
+"""Which images a step trains on and which are held out, and where the label values of each go."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def disjoint_parts(names: Sequence[str], n_parts: int, seed: int) -> list[list[s
     return [sorted(names[i] for i in part) for part in np.array_split(order, n_parts)]
 
 
-def test_cases(schedule: Schedule) -> dict[str, tuple[int, Case]]:
+def held_out_cases(schedule: Schedule) -> dict[str, tuple[int, Case]]:
     """Test subjects by name, with the number of their test set; labels in the numbers of the last step.
 
     Raises:
@@ -170,7 +170,7 @@ def test_cases(schedule: Schedule) -> dict[str, tuple[int, Case]]:
 
 def _held_out(schedule: Schedule) -> set[tuple[int, int]]:
     """Files of the test images, whatever their path or name."""
-    return {file_id(path) for _, case in test_cases(schedule).values() for path in case.images}
+    return {file_id(path) for _, case in held_out_cases(schedule).values() for path in case.images}
 
 
 def file_id(path: Path) -> tuple[int, int]:

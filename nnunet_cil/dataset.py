@@ -17,7 +17,7 @@ from typing import Any
 
 from nnunet_cil import nnunet_api
 from nnunet_cil.block import BLOCK_KEY, StepBlock
-from nnunet_cil.cases import Case, final_labels, first_source, joint_cases, step_cases, step_source, test_cases
+from nnunet_cil.cases import Case, final_labels, first_source, held_out_cases, joint_cases, step_cases, step_source
 from nnunet_cil.chain import JOINT, Chain, Variant
 from nnunet_cil.checkpoint import read_checkpoint
 from nnunet_cil.intensity import set_intensity, warn_of_clipping
@@ -28,8 +28,7 @@ from nnunet_cil.schedule import Schedule, kept_source
 from nnunet_cil.source_check import (
     Scan,
     check_sources,
-    problems_of,
-    refuse,
+    check_test_set,
     scan_test_set,
     tell_of_labels,
     warn_of_axes,
@@ -106,7 +105,7 @@ def write_test_set(chain: Chain, tested: Mapping[str, Scan] | None = None) -> No
     if test_set_is_written(chain):
         return
     tested = tested or scan_test_set(schedule)
-    refuse(problems_of(tested.values()))
+    check_test_set(tested)
     own = dataset_json_of(first_source(schedule))
     for test in schedule.test:
         if test.dataset and (theirs := dataset_json_of(test.dataset)["channel_names"]) != own["channel_names"]:
@@ -118,7 +117,7 @@ def write_test_set(chain: Chain, tested: Mapping[str, Scan] | None = None) -> No
                 own["channel_names"],
             )
     ending = own["file_ending"]
-    cases = test_cases(schedule)
+    cases = held_out_cases(schedule)
     ignore = final_labels(schedule, chain.n_steps, {"ignore": None})["ignore"]
     listing = {name: {**entry, "sha256": tested[name].digest} for name, entry in _listing(cases).items()}
     content = {"test": schedule.to_dict()["test"], "ignore": ignore, "file_ending": ending, "cases": listing}
@@ -162,7 +161,7 @@ def test_set_is_written(chain: Chain) -> bool:
     written, states = _test_json(chain), chain.folder / "test" / FILES_FILE
     if not chain.schedule.test or not written or not states.is_file():
         return not chain.schedule.test
-    cases = test_cases(chain.schedule)
+    cases = held_out_cases(chain.schedule)
     listed = {name: {key: entry[key] for key in ("labelled", "set")} for name, entry in written["cases"].items()}
     return (
         written["test"] == json.loads(json.dumps(chain.schedule.to_dict()["test"]))
@@ -260,7 +259,7 @@ def _check_test_of_forgotten(chain: Chain) -> None:
         folds = json.loads(path.read_text(encoding="utf-8"))
         trained = {name for fold in folds for part in fold.values() for name in part}
         ending = dataset_json_of(images.parent)["file_ending"]
-        tested = [case for number, case in test_cases(schedule).values() if schedule.test[number].images == images]
+        tested = [case for number, case in held_out_cases(schedule).values() if schedule.test[number].images == images]
         if again := sorted({case.label.name.removesuffix(ending) for case in tested} & trained):
             raise ValueError(
                 f"{schedule.file}: test: got {again}, which step {step} was trained on, expected other subjects."

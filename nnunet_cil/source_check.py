@@ -18,7 +18,7 @@ import numpy as np
 import SimpleITK
 
 from nnunet_cil import nnunet_api
-from nnunet_cil.cases import Case, file_id, final_labels, first_source, step_source, step_table, test_cases
+from nnunet_cil.cases import Case, file_id, final_labels, first_source, held_out_cases, step_source, step_table
 from nnunet_cil.chain import JOINT
 from nnunet_cil.labels import apply_remap
 from nnunet_cil.parallel import over_cases
@@ -139,10 +139,19 @@ def scan_test_set(schedule: Schedule) -> dict[str, Scan]:
     """Read every test image and label once; by name of the subject."""
     if not schedule.test:
         return {}
-    own, cases = dataset_json_of(first_source(schedule)), test_cases(schedule)
+    own, cases = dataset_json_of(first_source(schedule)), held_out_cases(schedule)
     n_bytes = bytes_of([path for _, case in cases.values() for path in case.images])
     todo = [(case, own) for _, case in cases.values()]
     return dict(zip(cases, over_cases(_scan_test, todo, n_bytes, "checking the test subjects"), strict=True))
+
+
+def check_test_set(tested: Mapping[str, Scan]) -> None:
+    """Refuse test subjects whose files `scan_test_set` found to be damaged, not to fit each other, or mislabelled.
+
+    Raises:
+        ValueError: all problems at once.
+    """
+    _refuse(_problems(tested.values()))
 
 
 def _axes(case: Case) -> str:
@@ -180,13 +189,11 @@ def warn_of_axes(schedule: Schedule, scans: Mapping[Path, Scan], tested: Mapping
         )
 
 
-def problems_of(scans: Iterable[Scan]) -> list[str]:
-    """What is wrong in any of them, each once."""
+def _problems(scans: Iterable[Scan]) -> list[str]:
     return list(dict.fromkeys(scan.problem for scan in scans if scan.problem))
 
 
-def refuse(problems: Sequence[str]) -> None:
-    """Raise ValueError with all problems, one a line, if there are any."""
+def _refuse(problems: Sequence[str]) -> None:
     if problems:
         raise ValueError("the data do not fit the schedule; nothing was written:\n  " + "\n  ".join(problems))
 
@@ -235,7 +242,7 @@ def check_sources(
             voxel of one of its classes, or a fold of it.
     """
     scans = _scan_all(schedule, cases)
-    problems = problems_of([*scans.values(), *(tested or {}).values()])
+    problems = _problems([*scans.values(), *(tested or {}).values()])
     own_steps = [of_step for step, of_step in cases.items() if step != JOINT]
     problems += dict.fromkeys(problem for of_step in own_steps for problem in _same_images(of_step))
     first = dataset_json_of(first_source(schedule))
@@ -268,7 +275,7 @@ def check_sources(
             known = {labels[name]: name for name in schedule.steps[step - 1].classes if totals[labels[name]]}
             voxels = {case.name: _voxels(case, scans) for case in cases[step]}
             problems += [f"{where}: {problem}" for problem in _fold_problems(schedule.folds, voxels, known)]
-    refuse(problems)
+    _refuse(problems)
     return scans
 
 

@@ -1,4 +1,4 @@
-"""Which scans a step trains on, which are held out, and where the label values of each go."""
+"""Which images a step trains on, which are held out, and where the label values of each go."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nnunet_cil import cases as of_steps
-from nnunet_cil.cases import disjoint_parts, joint_cases, step_cases
+from nnunet_cil.cases import disjoint_parts, held_out_cases, joint_cases, step_cases
 from nnunet_cil.schedule import load_schedule
 from nnunet_cil.step_files import write_json
 from tests.conftest import write_tiny_dataset
@@ -151,7 +150,7 @@ def test_what_a_case_lacks_becomes_background_in_it_and_is_not_among_its_labels(
         ({0: 0, 1: 1, 2: 0}, (1,)),
         ({0: 0, 1: 1, 2: 2}, (1, 2)),
     ]
-    (number, tested), *_ = of_steps.test_cases(schedule).values()
+    (number, tested), *_ = held_out_cases(schedule).values()
     assert (number, tested.table, tested.labelled) == (0, {0: 0, 1: 1, 2: 0}, (1,))
 
 

@@ -12,6 +12,7 @@ from unittest.mock import ANY
 
 import numpy as np
 import pytest
+import SimpleITK
 
 from nnunet_cil import dataset, nnunet_api
 from nnunet_cil.block import BLOCK_KEY, StepBlock
@@ -23,6 +24,8 @@ from nnunet_cil.schedule import load_schedule
 from nnunet_cil.step_files import STEP_FILE, check_step_files, read_step_file, write_json
 from tests.conftest import write_schedule, write_tiny_dataset
 from tests.datasets import (
+    IDENTIFIER,
+    VANISHED,
     copied,
     cut,
     lacking,
@@ -30,14 +33,11 @@ from tests.datasets import (
     relabelling,
     rewrite,
     set_voxel,
-    voxels,
     write_own_datasets,
     write_reversed,
 )
 
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
-IDENTIFIER = "nnUNetPlans_3d_fullres"
-VANISHED = pytest.mark.faults("vanished image", "refused by name; once it is back, the same command goes on", "nothing")
 STEPS = (1, 2, JOINT)
 
 
@@ -81,43 +81,12 @@ def own_datasets(tmp_path_factory, prepared):
         yield chain
 
 
-def names_of(cases) -> list[str]:
-    return [case.name for case in cases]
+def voxels(path: Path) -> np.ndarray:
+    return SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path)))
 
 
 def plans_of(chain: Chain, step: int | str, name: str = "nnUNetPlans"):
     return read_json(chain.preprocessed(step) / f"{name}.json")
-
-
-def test_an_ignore_label_of_one_dataset_alone_is_the_last_of_its_step_and_of_joint(nnunet_folders, tmp_path):
-    schedule = relabelling(tmp_path, ignore=True)
-    assert step_cases(schedule, 1)[0].table == {0: 0, 1: 1, 2: 0}
-    second = step_cases(schedule, 2)[0]
-    assert (second.table, second.labelled) == ({0: 0, 1: 1, 2: 2, 3: 3}, (1, 2))
-    chain = Chain.open(schedule)
-    prepare_chain(chain, [chain.variant("pgcd", 0), chain.variant(JOINT, 0)])
-    for step, labels in ((1, {}), (2, {"blob": 2, "ignore": 3}), (JOINT, {"blob": 2, "ignore": 3})):
-        assert read_json(chain.raw(step) / "dataset.json")["labels"] == {"background": 0, "lump": 1, **labels}
-    assert 3 in voxels(chain.raw(JOINT) / "labelsTr" / "step2_case_0.nii.gz")
-
-
-def test_the_step_file_says_what_is_labelled_where_it_is_not_the_new_classes_alone(nnunet_folders, tmp_path, caplog):
-    schedule = relabelling(tmp_path, "case_1,ball\n")
-    chain = Chain.open(schedule)
-    with caplog.at_level("INFO"):
-        prepare_chain(chain, [chain.variant("pgcd", 0)])
-    assert "labelled" not in read_step_file(chain.preprocessed(1))
-    expected = {"case_0": [1, 2], "case_1": [2], "case_2": [1, 2]}
-    assert read_step_file(chain.preprocessed(2))["labelled"] == expected
-    assert 1 not in voxels(chain.raw(2) / "labelsTr" / "case_1.nii.gz")
-    assert "steps[1]: labels of classes learned before are used: lump" in caplog.text
-    assert (
-        "steps[1]: unlabelled: 1 cases have voxels of 'lump', which they are declared not to label: case_1."
-        in caplog.text
-    )
-    (tmp_path / "two" / "unlabelled.csv").write_text("case,class\ncase_0,ball\n")
-    with pytest.raises(ValueError, match=r"got another schedule.*\n.*1 cases, sha256 .*1 cases, sha256 "):
-        Chain.open(load_schedule(schedule.file))
 
 
 # a prepared chain
@@ -286,6 +255,37 @@ def test_test_cases_say_which_classes_are_labelled_in_them(own_datasets):
     np.testing.assert_array_equal(voxels(label), 2 * (own == 2))
 
 
+def test_an_ignore_label_of_one_dataset_alone_is_the_last_of_its_step_and_of_joint(nnunet_folders, tmp_path):
+    schedule = relabelling(tmp_path, ignore=True)
+    assert step_cases(schedule, 1)[0].table == {0: 0, 1: 1, 2: 0}
+    second = step_cases(schedule, 2)[0]
+    assert (second.table, second.labelled) == ({0: 0, 1: 1, 2: 2, 3: 3}, (1, 2))
+    chain = Chain.open(schedule)
+    prepare_chain(chain, [chain.variant("pgcd", 0), chain.variant(JOINT, 0)])
+    for step, labels in ((1, {}), (2, {"blob": 2, "ignore": 3}), (JOINT, {"blob": 2, "ignore": 3})):
+        assert read_json(chain.raw(step) / "dataset.json")["labels"] == {"background": 0, "lump": 1, **labels}
+    assert 3 in voxels(chain.raw(JOINT) / "labelsTr" / "step2_case_0.nii.gz")
+
+
+def test_the_step_file_says_what_is_labelled_where_it_is_not_the_new_classes_alone(nnunet_folders, tmp_path, caplog):
+    schedule = relabelling(tmp_path, "case_1,ball\n")
+    chain = Chain.open(schedule)
+    with caplog.at_level("INFO"):
+        prepare_chain(chain, [chain.variant("pgcd", 0)])
+    assert "labelled" not in read_step_file(chain.preprocessed(1))
+    expected = {"case_0": [1, 2], "case_1": [2], "case_2": [1, 2]}
+    assert read_step_file(chain.preprocessed(2))["labelled"] == expected
+    assert 1 not in voxels(chain.raw(2) / "labelsTr" / "case_1.nii.gz")
+    assert "steps[1]: labels of classes learned before are used: lump" in caplog.text
+    assert (
+        "steps[1]: unlabelled: 1 cases have voxels of 'lump', which they are declared not to label: case_1."
+        in caplog.text
+    )
+    (tmp_path / "two" / "unlabelled.csv").write_text("case,class\ncase_0,ball\n")
+    with pytest.raises(ValueError, match=r"got another schedule.*\n.*1 cases, sha256 .*1 cases, sha256 "):
+        Chain.open(load_schedule(schedule.file))
+
+
 # preparing again, interruptions
 
 
@@ -413,6 +413,15 @@ def test_a_test_subject_that_holds_the_same_stays_and_with_it_its_scores(source,
     assert (chain.folder / "test" / "labels" / "case_3.nii.gz").stat() == written
 
 
+def test_a_damaged_test_set_of_a_chain_that_is_prepared_is_refused_too(source, nnunet_folders, tmp_path):
+    folder, chain = copied_and_tested(source, tmp_path)
+    unknown = folder / "labelsTr" / "case_3.nii.gz"
+    rewrite(unknown, set_voxel(7))
+    with pytest.raises(ValueError, match=r"case_3.nii.gz: got label values \[7(\.0)?\]"):
+        write_test_set(chain)
+    assert (chain.folder / "test" / "test.json").is_file(), "what was there stays"
+
+
 def test_test_images_of_another_kind_are_warned_of(source, nnunet_folders, tmp_path, caplog):
     other = write_tiny_dataset(tmp_path / "other", n_cases=1, channel="CT")
     write_test_set(Chain.open(cut(source, tmp_path, test=f"test: {{dataset: {other}}}")))
@@ -507,15 +516,6 @@ def test_interruption_before_the_first_step_file_is_no_foreign_dataset(source, n
 
 
 # what is in the way
-
-
-def test_a_damaged_test_set_of_a_chain_that_is_prepared_is_refused_too(source, nnunet_folders, tmp_path):
-    folder, chain = copied_and_tested(source, tmp_path)
-    unknown = folder / "labelsTr" / "case_3.nii.gz"
-    rewrite(unknown, set_voxel(7))
-    with pytest.raises(ValueError, match=r"case_3.nii.gz: got label values \[7(\.0)?\]"):
-        write_test_set(chain)
-    assert (chain.folder / "test" / "test.json").is_file(), "what was there stays"
 
 
 @pytest.mark.parametrize("place", ["raw", "preprocessed"])

@@ -13,10 +13,7 @@ import pytest
 import yaml
 
 from nnunet_cil.schedule import (
-    CONFIGURATIONS,
-    DEVICES,
     KEYS,
-    METHOD_CHOICES,
     METHOD_DEFAULTS,
     Guard,
     Intensity,
@@ -27,8 +24,11 @@ from nnunet_cil.schedule import (
     Training,
     load_schedule,
 )
+from nnunet_cil.schedule.method import METHOD_CHOICES
 from nnunet_cil.schedule.settings import (
     AMP_CHOICES,
+    CONFIGURATIONS,
+    DEVICES,
     INTENSITY_KEYS,
     INTENSITY_MODES,
     ON_FORGETTING,

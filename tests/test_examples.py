@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import SimpleITK
 
-from nnunet_cil.cases import step_cases
-from nnunet_cil.cases import test_cases as held_out_cases
+from nnunet_cil.cases import held_out_cases, step_cases
 from nnunet_cil.schedule import load_schedule
 from tests.conftest import real_data
 

@@ -10,77 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_cil.given_model import GivenModel
+from nnunet_cil.schedule.method import METHOD_DEFAULTS
 
-METHOD_DEFAULTS: Mapping[str, Any] = {
-    "lambda_pgcd": 1.0,
-    "lambda_dapd": 0.01,
-    "eta": 0.01,
-    "w_max": 3.0,
-    "mu": 0.99,
-    "n_min": 10,
-    "tau_old": 0.5,
-    "tau_background": 0.7,
-    "pseudo_labels": "offline",
-    "pseudo_label_mirroring": False,
-    "one_piece": "auto",
-    "old_prototypes": "reextract",
-    "background_features": "teacher",
-    "class_balance": False,
-    "class_balance_max": 5.0,
-    "scale_by_classes": False,
-    "new_rows": "prototypes",
-    "pgcd_spatial": True,
-    "calibration": "prototypes",
-    "voxel_stride": 4,
-    "dapd_global": True,
-    "dapd_local": True,
-    "fusion": None,
-    "lambda_kd": 1.0,
-    "lambda_lwf": 1.0,
-    "lwf_temperature": 2.0,
-    "lambda_ilt": 1.0,
-    "lambda_pod": 0.01,
-    "lambda_pod_logits": 0.0005,
-    "lambda_ewc": 100.0,
-    "ewc_patches": 50,
-    "replay_cases": 4,
-}
-STORED_METHOD_DEFAULTS: Mapping[str, Any] = {**METHOD_DEFAULTS, "voxel_stride": 1, "one_piece": False}
-"""What a key meant that a stored chain or model lacks: a version without it trained so."""
-METHOD_CHOICES = {
-    "pseudo_labels": ("offline", "online", "off"),
-    "old_prototypes": ("reextract", "transport"),
-    "background_features": ("teacher", "student"),
-    "calibration": ("prototypes", "uniform"),
-    "new_rows": ("background", "prototypes"),
-}
-ABLATIONS: Mapping[str, Mapping[str, Any]] = {
-    "no_spatial": {"pgcd_spatial": False},
-    "no_channel": {"eta": 0.0},
-    "no_pgcd": {"lambda_pgcd": 0.0},
-    "no_dapd_global": {"dapd_global": False},
-    "no_dapd_local": {"dapd_local": False},
-    "no_dapd": {"lambda_dapd": 0.0},
-    "static_background": {"mu": 1.0},
-    "uniform_weights": {"calibration": "uniform"},
-    "no_pseudo_labels": {"pseudo_labels": "off", "class_balance": False},
-    "background_rows": {"new_rows": "background"},
-    "rows_only": {"lambda_pgcd": 0.0, "lambda_dapd": 0.0},
-}
-CONFIGURATIONS = ("2d", "3d_lowres", "3d_fullres")
-DEVICES = ("auto", "cuda", "cpu", "mps")
 MIN_STAGES = 3
-
-
-def in_effect(method: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of PGCD without those that change nothing, as the term that they belong to is off."""
-    no_pgcd, no_dapd = (not method[key] for key in ("lambda_pgcd", "lambda_dapd"))
-    unused = {
-        *(("pgcd_spatial", "eta", "calibration") if no_pgcd else ()),
-        *(("dapd_global", "dapd_local") if no_dapd else ()),
-        *(("mu",) if no_pgcd and no_dapd else ()),
-    }
-    return {key: value for key, value in method.items() if key not in unused}
 
 
 def kept_source(chain_folder: Path, step: int) -> Path:

@@ -8,14 +8,14 @@ from typing import Any
 
 from nnunet_cil.labels import RESERVED
 from nnunet_cil.schedule.content import Step, TestSet
-from nnunet_cil.schedule.datasets import (
+from nnunet_cil.schedule.raw_datasets import (
     UNLABELLED,
     cases_in,
     class_map_of,
     dataset_of,
-    declared_in,
     labels_of,
     lists_files,
+    read_declared,
     unlabelled_of,
 )
 from nnunet_cil.schedule.reading import Reading
@@ -24,7 +24,7 @@ from nnunet_cil.untrusted import dataset_json_of, is_name, read_json
 Declared = Mapping[Path | None, Mapping[str, tuple[str, ...]]]
 
 
-def test_of(
+def test_sets_of(
     reading: Reading, value: Any, source: Path | None, steps: tuple[Step, ...], declared: Declared
 ) -> tuple[tuple[TestSet, ...], tuple[str, ...] | None]:
     """The test sets, and the training subjects if a split file names them.
@@ -121,7 +121,7 @@ def _folder_pair(reading: Reading, entry: Mapping, source: Path | None, classes:
         return None
     given = entry.get("unlabelled")
     path = reading.file_beside("test: unlabelled", given, folders[0], UNLABELLED) if given is not None else None
-    unlabelled = declared_in(reading, "test: unlabelled", path, cases_in(folders[0]), values)
+    unlabelled = read_declared(reading, "test: unlabelled", path, cases_in(folders[0]), values)
     return TestSet(folders[0], folders[1], class_map, values, unlabelled=unlabelled)
 
 

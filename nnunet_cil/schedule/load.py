@@ -9,31 +9,24 @@ from typing import Any
 
 import yaml
 
-from nnunet_cil.schedule.content import (
-    CONFIGURATIONS,
-    DEVICES,
-    KEYS,
-    METHOD_DEFAULTS,
-    Intensity,
-    Schedule,
-    ScheduleError,
-    Step,
-)
-from nnunet_cil.schedule.datasets import dataset_of, unlabelled_of
-from nnunet_cil.schedule.held_out import test_of
+from nnunet_cil.schedule.content import KEYS, Intensity, Schedule, ScheduleError, Step
+from nnunet_cil.schedule.held_out import test_sets_of
+from nnunet_cil.schedule.method import METHOD_DEFAULTS, method_of, variants_of
+from nnunet_cil.schedule.raw_datasets import dataset_of, unlabelled_of
 from nnunet_cil.schedule.reading import Reading
 from nnunet_cil.schedule.settings import (
+    CONFIGURATIONS,
+    DEVICES,
     dataset_id_of,
     folds_of,
     guard_of,
     intensity_of,
     launcher_of,
-    method_of,
+    mirror_axes_of,
     name_of,
     plans_of,
     tolerance_of,
     training_of,
-    variants_of,
 )
 from nnunet_cil.schedule.steps import check_folds_of, model_of, steps_of
 from nnunet_cil.untrusted import check_extent, dataset_json_of
@@ -102,7 +95,7 @@ def _schedule(reading: Reading) -> Schedule:
         "configuration": reading.choice("configuration", raw.get("configuration", "3d_fullres"), CONFIGURATIONS),
         "folds": folds_of(reading, raw.get("fold", "all")),
         "trainer": reading.class_of_nnunet("trainer", raw.get("trainer", "nnUNetTrainerPGCD")),
-        "mirror_axes": reading.numbers("mirror_axes", raw.get("mirror_axes"), int, empty=True),
+        "mirror_axes": mirror_axes_of(reading, raw.get("mirror_axes")),
         "device": reading.choice("device", raw.get("device", "auto"), DEVICES),
         "dataset_id": dataset_id_of(reading, raw.get("dataset_id")),
         "launcher": launcher_of(reading, raw.get("launcher")),
@@ -128,7 +121,7 @@ def _schedule(reading: Reading) -> Schedule:
     if values["device"] in ("cpu", "mps") and values["training"].amp == "float16":
         reading.problem("training: amp", f"float16 with device: {values['device']}", "auto, bfloat16 or off")
     declared = {step.dataset: step.unlabelled for step in own} | {values["source"]: values["unlabelled"]}
-    values["test"], values["train_subjects"] = test_of(
+    values["test"], values["train_subjects"] = test_sets_of(
         reading, raw.get("test"), values["source"], values["steps"], declared
     )
     if reading.problems:

@@ -14,8 +14,8 @@ from nnunet_cil.untrusted import is_name
 class Reading:
     """A file, its raw content, and the problems found so far, one a line.
 
-    A check takes the key that it is of and the raw value, says what is wrong with it, and returns it in its type: what
-    comes of a wrong value does not matter, as no schedule is made of a file with problems.
+    A check takes the key that it is of and the raw value, says what is wrong with it, and returns it. What it returns
+    for a wrong value must not break later checks, and goes no further: no schedule is made of a file with problems.
     """
 
     def __init__(self, file: Path, raw: Any) -> None:
@@ -24,6 +24,10 @@ class Reading:
 
     def problem(self, key: str, got: Any, expected: str) -> None:
         self.problems.append(f"{self.file}: {key}: got {got}, expected {expected}.")
+
+    def failed(self, key: str, error: Exception) -> None:
+        """A problem in the words of what was raised."""
+        self.problems.append(f"{self.file}: {key}: {error}")
 
     def known_keys(self, where: str, mapping: Mapping, known: Sequence[str]) -> None:
         for key in mapping:
@@ -45,22 +49,6 @@ class Reading:
             return {}
         self.known_keys(f"{key}: ", value, known)
         return {k: v for k, v in value.items() if k in known}
-
-    def numbers(self, key: str, value: Any, kind: type, empty: bool = False) -> tuple | None:
-        if value is None:
-            return None
-        is_number = is_float if kind is float else is_int
-        good = isinstance(value, list) and (empty or value) and all(is_number(v) for v in value)
-        if not good or not all(v >= 0 if empty else v > 0 for v in value):
-            self.problem(key, repr(value), f"a list of {'numbers from 0 on' if empty else 'positive numbers'}")
-            return None
-        axes = range(self.n_axes())
-        if key == "mirror_axes" and (len(set(value)) != len(value) or any(v not in axes for v in value)):
-            self.problem(key, repr(value), f"different axes out of {', '.join(map(str, axes))}")
-        return tuple(kind(v) for v in value)
-
-    def n_axes(self) -> int:
-        return 2 if self.raw.get("configuration") == "2d" else 3
 
     def class_of_nnunet(self, key: str, value: Any) -> str:
         if not isinstance(value, str) or not value.isidentifier() or not is_name(value):

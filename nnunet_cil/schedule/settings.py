@@ -1,27 +1,20 @@
-"""The settings of a schedule: numbers, choices and names, checked by themselves."""
+"""The settings of a schedule but for its method's: name, folds, training, plans, intensity, guard, launcher."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from nnunet_cil.given_model import check_plans
-from nnunet_cil.schedule.content import (
-    METHOD_CHOICES,
-    METHOD_DEFAULTS,
-    MIN_STAGES,
-    Guard,
-    Intensity,
-    Launcher,
-    PlanOverride,
-    Training,
-)
+from nnunet_cil.schedule.content import MIN_STAGES, Guard, Intensity, Launcher, PlanOverride, Training
 from nnunet_cil.schedule.reading import Reading, is_float, is_int
 from nnunet_cil.untrusted import MAX_NAME_BYTES, read_json
 
+CONFIGURATIONS = ("2d", "3d_lowres", "3d_fullres")
+DEVICES = ("auto", "cuda", "cpu", "mps")
 INTENSITY_MODES = ("step1", "whole_image")
 INTENSITY_KEYS = ("mean", "std", "percentile_00_5", "percentile_99_5")
 OPTIONAL_INTENSITY_KEYS = ("min", "max", "median")
@@ -29,11 +22,11 @@ AMP_CHOICES = ("auto", "off", "bfloat16", "float16")
 ON_FORGETTING = ("warn", "stop")
 SET_BY_KEYS = ("partition", "account", "gpus-per-node", "cpus-per-task", "mem", "time")
 SET_BY_US = ("array", "dependency", "error", "kill-on-invalid-dep", "open-mode", "output", "requeue", "signal")
-NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_-]{{0,{MAX_NAME_BYTES // 2 - 1}}}")
+CHAIN_NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_-]{{0,{MAX_NAME_BYTES // 2 - 1}}}")
 
 
 def name_of(reading: Reading, value: Any) -> str:
-    if not (isinstance(value, str) and NAME.fullmatch(value)):
+    if not (isinstance(value, str) and CHAIN_NAME.fullmatch(value)):
         reading.problem(
             "name",
             repr(value),
@@ -57,6 +50,32 @@ def folds_of(reading: Reading, value: Any) -> tuple[int | str, ...]:
     return tuple(folds)
 
 
+def n_axes_of(reading: Reading) -> int:
+    return 2 if reading.raw.get("configuration") == "2d" else 3
+
+
+def numbers_of(reading: Reading, key: str, value: Any, kind: type) -> tuple | None:
+    is_number = is_float if kind is float else is_int
+    if value is None:
+        return None
+    if not (isinstance(value, list) and value and all(is_number(v) and v > 0 for v in value)):
+        reading.problem(key, repr(value), "a list of positive numbers")
+        return None
+    return tuple(kind(v) for v in value)
+
+
+def mirror_axes_of(reading: Reading, value: Any) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    if not (isinstance(value, list) and all(is_int(v) and v >= 0 for v in value)):
+        reading.problem("mirror_axes", repr(value), "a list of numbers from 0 on")
+        return None
+    axes = range(n_axes_of(reading))
+    if len(set(value)) != len(value) or any(v not in axes for v in value):
+        reading.problem("mirror_axes", repr(value), f"different axes out of {', '.join(map(str, axes))}")
+    return tuple(value)
+
+
 def training_of(reading: Reading, value: Any) -> Training:
     given = reading.mapping("training", value, [f.name for f in fields(Training)])
     if given.get("amp") is False:  # YAML reads off as false
@@ -77,74 +96,6 @@ def training_of(reading: Reading, value: Any) -> Training:
     for key in [key for key, v in given.items() if not checks[key][0](v)]:
         reading.problem(f"training: {key}", repr(given.pop(key)), checks[key][1])
     return Training(**given)
-
-
-def method_of(reading: Reading, where: str, value: Any, base: Mapping[str, Any]) -> dict[str, Any]:
-    given = reading.mapping(where, value, tuple(METHOD_DEFAULTS))
-    if given.get("pseudo_labels") is False:  # YAML reads off as false
-        given["pseudo_labels"] = "off"
-    for key, v in given.items():
-        default = METHOD_DEFAULTS[key]
-        if key in METHOD_CHOICES:
-            reading.choice(f"{where}: {key}", v, METHOD_CHOICES[key])
-        elif key == "one_piece":
-            named = isinstance(v, list) and all(isinstance(name, str) for name in v)
-            if not (v == "auto" or isinstance(v, bool) or named):
-                reading.problem(f"{where}: {key}", repr(v), "auto, true, false or a list of classes")
-        elif key == "fusion":
-            if not (v is None or v == "auto" or (is_float(v) and 0 <= v <= 1)):
-                reading.problem(f"{where}: {key}", repr(v), "auto, a number from 0 to 1, or null")
-        elif isinstance(default, bool):
-            if not isinstance(v, bool):
-                reading.problem(f"{where}: {key}", repr(v), "true or false")
-        elif isinstance(default, int) and not (is_int(v) and v >= 0):
-            reading.problem(f"{where}: {key}", repr(v), "a whole number from 0 on")
-        elif not is_float(v) or v < 0:
-            reading.problem(f"{where}: {key}", repr(v), "a number from 0 on")
-        elif key in ("mu", "tau_old", "tau_background") and v > 1:
-            reading.problem(f"{where}: {key}", repr(v), "a number from 0 to 1")
-        elif key in ("lwf_temperature", "voxel_stride") and v == 0:
-            reading.problem(f"{where}: {key}", repr(v), "a number above 0")
-    method = {**base, **given}
-    if method["class_balance"] is True and method["pseudo_labels"] != "offline":
-        reading.problem(
-            f"{where}: class_balance",
-            f"true with pseudo_labels: {method['pseudo_labels']}",
-            "offline ones, over which the balance is counted once",
-        )
-    if method["one_piece"] not in ("auto", False) and method["pseudo_labels"] == "online":
-        reading.problem(
-            f"{where}: one_piece",
-            f"{method['one_piece']} with pseudo_labels: online",
-            "offline ones, which are of whole images",
-        )
-    return method
-
-
-def variants_of(reading: Reading, value: Any, base: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What each named variant changes; its ``trainer`` names the method it varies."""
-    if value is None:
-        return {}
-    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
-        reading.problem("variants", repr(value), "a mapping of names to what each changes")
-        return {}
-    variants = {}
-    for name, changes in value.items():
-        if not re.fullmatch(rf"[a-z][a-z0-9_]{{0,{MAX_NAME_BYTES // 2 - 1}}}", name):
-            reading.problem(
-                f"variants: {name}", repr(name), f"lower-case letters, digits and _: at most {MAX_NAME_BYTES // 2}"
-            )
-        if not isinstance(changes, dict) or not changes:
-            reading.problem(f"variants: {name}", repr(changes), "a mapping of settings, as in `method`")
-            continue
-        trainer = changes.get("trainer", "nnUNetTrainer")
-        reading.class_of_nnunet(f"variants: {name}: trainer", trainer)
-        settings = {key: v for key, v in changes.items() if key != "trainer"}
-        whole = method_of(reading, f"variants: {name}", settings, base)
-        variants[name] = {key: whole[key] for key in settings if key in whole}
-        if "trainer" in changes:
-            variants[name]["trainer"] = trainer
-    return variants
 
 
 def tolerance_of(reading: Reading, value: Any) -> float:
@@ -230,14 +181,14 @@ def plans_of(reading: Reading, value: Any) -> dict[str, Any]:
         result["base_plans"] = base = reading.path("plans: base", given["base"])
         if base is not None:
             _check_base_plans(reading, base)
-    patch = reading.numbers("plans: patch_size", given.get("patch_size"), int)
-    features = reading.numbers("plans: features_per_stage", given.get("features_per_stage"), int)
-    spacing = reading.numbers("plans: spacing", given.get("spacing"), float)
+    patch = numbers_of(reading, "plans: patch_size", given.get("patch_size"), int)
+    features = numbers_of(reading, "plans: features_per_stage", given.get("features_per_stage"), int)
+    spacing = numbers_of(reading, "plans: spacing", given.get("spacing"), float)
     batch = given.get("batch_size")
     if batch is not None and not (is_int(batch) and batch > 0):
         reading.problem("plans: batch_size", repr(batch), "a positive number")
         batch = None
-    n_axes = reading.n_axes()
+    n_axes = n_axes_of(reading)
     for key, numbers in (("patch_size", patch), ("spacing", spacing)):
         if numbers is not None and len(numbers) != n_axes:
             reading.problem(f"plans: {key}", f"{len(numbers)} numbers", f"{n_axes}, one for each axis")

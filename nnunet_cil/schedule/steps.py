@@ -11,9 +11,9 @@ from typing import Any
 from nnunet_cil.given_model import GivenModel, read_model
 from nnunet_cil.labels import RESERVED
 from nnunet_cil.schedule.content import Step, kept_source
-from nnunet_cil.schedule.datasets import check_own_names, class_map_of, class_names_of, dataset_of, unlabelled_of
+from nnunet_cil.schedule.raw_datasets import check_own_names, class_map_of, class_names_of, dataset_of, unlabelled_of
 from nnunet_cil.schedule.reading import Reading
-from nnunet_cil.schedule.settings import NAME
+from nnunet_cil.schedule.settings import CHAIN_NAME
 
 
 def model_of(reading: Reading, value: Any) -> GivenModel | None:
@@ -28,7 +28,7 @@ def model_of(reading: Reading, value: Any) -> GivenModel | None:
     try:
         return None if path is None else read_model(path)
     except (ValueError, OSError) as error:
-        reading.problems.append(f"{reading.file}: model: {error}")
+        reading.failed("model", error)
         return None
 
 
@@ -37,7 +37,7 @@ def check_folds_of(reading: Reading, model: GivenModel, folds: Sequence[int | st
         for fold in folds:
             model.fold_for(fold)
     except ValueError as error:
-        reading.problems.append(f"{reading.file}: fold: {error}")
+        reading.failed("fold", error)
 
 
 def steps_of(reading: Reading, value: Any, source: Path | None, given: Sequence[str] = ()) -> tuple[Step, ...]:
@@ -115,7 +115,7 @@ def _kept_source(reading: Reading, number: int) -> Path | None:
     """What the chain kept of a step's dataset, whose scans may be gone once they are trained on."""
     results = os.environ.get("nnUNet_results")  # noqa: SIM112  (nnU-Net's spelling)
     name = reading.raw.get("name")
-    if not results or not isinstance(name, str) or not NAME.fullmatch(name):
+    if not results or not isinstance(name, str) or not CHAIN_NAME.fullmatch(name):
         return None
     folder = kept_source(Path(results).absolute() / f"chain_{name}", number)
     return folder if (folder / "dataset.json").is_file() else None

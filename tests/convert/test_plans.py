@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nnunet_cil.cases import step_cases
-from nnunet_cil.cases import test_cases as held_out_cases
+from nnunet_cil.cases import held_out_cases, step_cases
 from nnunet_cil.cli import convert
 from nnunet_cil.schedule import load_schedule
 from nnunet_cil.source_check import check_sources

@@ -76,7 +76,7 @@ def labels_of(reading: Reading, key: str, folder: Path) -> dict[str, int] | None
         if values is None and isinstance(labels, dict):
             check_regions(labels, str(path))
     except (OSError, ValueError) as error:
-        reading.problems.append(f"{reading.file}: {key}: {error}")
+        reading.failed(key, error)
         return None
     if values is None:
         reading.problem(
@@ -156,12 +156,13 @@ def unlabelled_of(reading: Reading, key: str, value: Any, folder: Path | None) -
     cases = cases_in(folder / "imagesTr") | cases_in(folder / "imagesTs")
     if lists_files(folder):
         cases |= set(dataset_json_of(folder)["dataset"])
-    return declared_in(reading, key, path, cases, labels_of(reading, key, folder) or {})
+    return read_declared(reading, key, path, cases, labels_of(reading, key, folder) or {})
 
 
-def declared_in(
+def read_declared(
     reading: Reading, key: str, path: Path | None, cases: set[str], labels: Mapping[str, int]
 ) -> dict[str, tuple[str, ...]]:
+    """Own labels that cases lack, by case, of a file; none without one."""
     if path is None:
         return {}
     try:
