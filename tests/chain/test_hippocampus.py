@@ -37,7 +37,7 @@ SCHEDULE = {
 def test_pgcd_lwf_and_mib_keep_the_anterior_part_that_finetune_loses(tmp_path, nnunet_folders):
     source = real_data("hippocampus")
     split = json.loads((source / "split.json").read_text(encoding="utf-8"))
-    (tmp_path / "split.json").write_text(json.dumps({"train": split["train"][:60], "test": split["test"][:8]}))
+    (tmp_path / "split.json").write_text(json.dumps({"train": split["train"][:24], "test": split["test"][:6]}))
     schedule = {**SCHEDULE, "source": str(source), "test": str(tmp_path / "split.json")}
     (tmp_path / "schedule.yaml").write_text(yaml.safe_dump(schedule))
     command = [
@@ -54,7 +54,7 @@ def test_pgcd_lwf_and_mib_keep_the_anterior_part_that_finetune_loses(tmp_path, n
     assert done.returncode == 0, done.stdout
     scores = json.loads((tmp_path / "nnUNet_results" / "chain_hippocampus" / "scores.json").read_text(encoding="utf-8"))
     pgcd, finetune, lwf, mib = (run["dice"] for run in scores["runs"])
-    assert scores["n_test_subjects"] == 8
+    assert scores["n_test_subjects"] == 6
     assert pgcd[0][0] > 0.7
     assert finetune[1][0] < 0.05
     assert pgcd[1][0] > pgcd[0][0] - 0.03
