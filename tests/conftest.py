@@ -32,7 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets jobs in its background ignore it
     settings.register_profile("same", derandomize=True)
-    settings.register_profile("fuzz", max_examples=10 * settings.default.max_examples)
+    settings.register_profile("fuzz", max_examples=20 * settings.default.max_examples)
     settings.load_profile("fuzz" if config.getoption("markexpr") == "fuzz" else "same")
 
 

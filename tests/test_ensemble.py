@@ -45,7 +45,7 @@ def test_it_predicts_what_nnunet_does_with_all_folds(chain, tmp_path):
     predictor = nnUNetPredictor(device=CPU, allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(str(model), (0, 1))
     image = next((chain.folder / "test" / "images").iterdir())
-    predictor.predict_from_files([[str(image)]], [str(tmp_path / "theirs")], num_processes_preprocessing=1)
+    predictor.predict_from_files_sequential([[str(image)]], [str(tmp_path / "theirs")])
     (ours,) = evaluation_file(chain, chain.variant("pgcd", 0), 2, ENSEMBLE).parent.glob("*/case_5.nii.gz")
     found, wanted = (
         SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(p))) for p in (ours, tmp_path / "theirs.nii.gz")

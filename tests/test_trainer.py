@@ -7,6 +7,7 @@ import random
 import shutil
 import sys
 import zipfile
+from multiprocessing.pool import ThreadPool
 from types import SimpleNamespace
 
 import numpy as np
@@ -30,6 +31,7 @@ from nnunet_cil.trainer import IncrementalTrainer, WarmupPolyLRScheduler, unwrap
 from tests.conftest import write_schedule, write_tiny_dataset
 
 CPU = torch.device("cpu")
+THREADS_AS_PROCESSES = SimpleNamespace(get_context=lambda method: SimpleNamespace(Pool=ThreadPool))
 
 
 def make_chain(root, monkeypatch, methods=("pgcd", "finetune"), ignore=False, **changes) -> Chain:
@@ -502,6 +504,8 @@ def test_without_deep_supervision_all_that_trains_gets_a_gradient(tmp_path, monk
 )
 def test_other_configurations_train_both_steps(tmp_path, monkeypatch, changes):
     chain = make_chain(tmp_path, monkeypatch, methods=("pgcd",), **changes)
+    for user in ("training.nnUNetTrainer.nnUNetTrainer", "evaluation.evaluate_predictions"):  # no processes to wait for
+        monkeypatch.setattr(f"nnunetv2.{user}.multiprocessing", THREADS_AS_PROCESSES)
     for step in (1, 2):
         train(chain, step)
         store = PrototypeStore.load(fold_of(chain, step) / "prototypes.npz")

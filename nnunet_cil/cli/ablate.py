@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from nnunet_cil.cli.common import add_launcher_argument, add_seeds_argument
+from nnunet_cil.cli.common import add_launcher_argument, add_seeds_argument, schedule_of
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -23,10 +23,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand; returns the exit status."""
+    schedule = schedule_of(args)
     from nnunet_cil import driver
-    from nnunet_cil.schedule import load_schedule
 
-    schedule = load_schedule(args.schedule)
     methods = driver.ablated_methods(schedule)
     seeds = args.seeds or [schedule.training.seed]
     print(driver.run(schedule, methods, seeds, args.launcher))

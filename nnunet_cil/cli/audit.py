@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from nnunet_cil.cli.common import schedule_of
+
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add the subcommand."""
@@ -26,11 +28,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand; returns the exit status."""
+    schedule = schedule_of(args)
     from nnunet_cil.audit import audit_chain, audit_text, check_forget, forget, forgetting_text
     from nnunet_cil.chain import Chain
-    from nnunet_cil.schedule import load_schedule
 
-    chain = Chain.open(load_schedule(args.schedule))
+    chain = Chain.open(schedule)
     steps = [int(step) if step.isdigit() else step for step in args.forget]
     if steps:
         print(forgetting_text(check_forget(chain, steps)))

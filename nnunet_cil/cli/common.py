@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nnunet_cil.schedule import Schedule
 
 
 def add_chain_arguments(
@@ -23,6 +27,13 @@ def add_chain_arguments(
         help=f"methods side by side on the same step 1, such as pgcd, finetune, joint (default: {methods})",
     )
     add_seeds_argument(parser, seeds)
+
+
+def schedule_of(args: argparse.Namespace) -> Schedule:
+    """SCHEDULE, read before the caller imports PyTorch, which takes seconds: a mistake in it is told at once."""
+    from nnunet_cil.schedule import load_schedule
+
+    return load_schedule(args.schedule)
 
 
 def add_launcher_argument(parser: argparse.ArgumentParser) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from nnunet_cil.cli.common import schedule_of
+
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add the subcommand."""
@@ -25,11 +27,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand; returns the exit status."""
+    schedule = schedule_of(args)
     from nnunet_cil.chain import JOINT, Chain
     from nnunet_cil.export import STOCK_TRAINER, export_model
-    from nnunet_cil.schedule import load_schedule
 
-    chain = Chain.open(load_schedule(args.schedule))
+    chain = Chain.open(schedule)
     if not chain.content["plans_name"]:
         raise ValueError(
             f"{chain.folder}: got a chain without any training, expected one. Start with `nnunet-cil run`."

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from nnunet_cil.cli.common import schedule_of
+
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add the subcommand."""
@@ -21,8 +23,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand; returns the exit status."""
+    schedule = schedule_of(args)
     from nnunet_cil import driver
-    from nnunet_cil.schedule import load_schedule
 
-    print(driver.gather(load_schedule(args.schedule), args.folders))
+    print(driver.gather(schedule, args.folders))
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from nnunet_cil.cli.common import add_chain_arguments
+from nnunet_cil.cli.common import add_chain_arguments, schedule_of
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -18,11 +18,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand; returns the exit status."""
+    schedule = schedule_of(args)
     from nnunet_cil import driver
     from nnunet_cil.environment import export_line
-    from nnunet_cil.schedule import load_schedule
 
-    lines = driver.prepare(load_schedule(args.schedule), args.methods, args.seeds)
+    lines = driver.prepare(schedule, args.methods, args.seeds)
     print("Prepared. Train the steps in this order:")
     print(f"  {export_line()}")
     for line in lines:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from nnunet_cil.cli.common import add_chain_arguments
+from nnunet_cil.cli.common import add_chain_arguments, schedule_of
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -21,8 +21,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand; returns the exit status."""
+    schedule = schedule_of(args)
     from nnunet_cil import driver
-    from nnunet_cil.schedule import load_schedule
 
-    print(driver.write_report(load_schedule(args.schedule), args.methods, args.seeds, must_be_there=True))
+    print(driver.write_report(schedule, args.methods, args.seeds, must_be_there=True))
     return 0

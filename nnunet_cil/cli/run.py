@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from nnunet_cil.cli.common import add_chain_arguments, add_launcher_argument
+from nnunet_cil.cli.common import add_chain_arguments, add_launcher_argument, schedule_of
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -17,8 +17,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the subcommand; returns the exit status."""
+    schedule = schedule_of(args)
     from nnunet_cil import driver
-    from nnunet_cil.schedule import load_schedule
 
-    print(driver.run(load_schedule(args.schedule), args.methods, args.seeds, args.launcher))
+    print(driver.run(schedule, args.methods, args.seeds, args.launcher))
     return 0

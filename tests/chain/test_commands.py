@@ -32,8 +32,7 @@ class User:
         self.environment |= {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "nnUNet_n_proc_DA": "0"}
         self.environment |= {"nnUNet_def_n_proc": "1"}
         source = write_tiny_dataset(root / "source")
-        changes = {"fold": "0", "training": ", validation_cases: 1"}
-        self.schedule = write_schedule(root / "schedule.yaml", source, **changes)
+        self.schedule = write_schedule(root / "schedule.yaml", source)
 
     def types(self, *lines: str, fails: bool = False) -> str:
         """What one new shell prints for some lines; its status has to be 0, or not if it ``fails``."""
@@ -43,7 +42,7 @@ class User:
 
     def fold(self, step: int) -> Path:
         model = "nnUNetTrainerPGCD__nnUNetPlans__3d_fullres"
-        return self.root / "nnUNet_results" / f"Dataset{499 + step}_tiny_step{step}" / model / "fold_0"
+        return self.root / "nnUNet_results" / f"Dataset{499 + step}_tiny_step{step}" / model / "fold_all"
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +92,7 @@ if __name__ == "__main__":
 
 
 def test_on_a_gpu_a_process_of_its_own_predicts_and_scores(driven):
-    model = driven.root / "nnUNet_results" / "chain_tiny" / "predictions" / "nnUNetPlans" / "step2_fold_0"
+    model = driven.root / "nnUNet_results" / "chain_tiny" / "predictions" / "nnUNetPlans" / "step2_fold_all"
     before = (model / "scores.json").read_text(encoding="utf-8")
     shutil.rmtree(model)
     (driven.root / "on_a_gpu.py").write_text(ON_A_GPU, encoding="utf-8")
@@ -109,7 +108,7 @@ def test_lines_typed_by_hand_give_what_the_driver_gives(driven, tmp_path):
     export, trainings = lines[0], lines[1:]
     assert export.startswith("export nnUNet_extTrainer=")
     assert trainings == [
-        f"nnUNetv2_train Dataset50{i}_tiny_step{i + 1} 3d_fullres 0 -tr nnUNetTrainerPGCD -device cpu" for i in (0, 1)
+        f"nnUNetv2_train Dataset50{i}_tiny_step{i + 1} 3d_fullres all -tr nnUNetTrainerPGCD -device cpu" for i in (0, 1)
     ]
     user.types(export, *trainings)
     for step in (1, 2):
@@ -133,9 +132,9 @@ def test_lines_typed_by_hand_give_what_the_driver_gives(driven, tmp_path):
 def test_nnunets_own_predict_gives_the_segmentations_that_were_scored(driven):
     images = driven.root / "nnUNet_results" / "chain_tiny" / "test" / "images"
     line = f"nnUNetv2_predict -i {images} -o out -d Dataset501_tiny_step2 -tr nnUNetTrainerPGCD"
-    line += " -c 3d_fullres -f 0 -device cpu -npp 0 -nps 0"
+    line += " -c 3d_fullres -f all -device cpu -npp 0 -nps 0"
     driven.types('eval "$(nnunet-cil env)"', line)
-    stored = driven.root.glob("nnUNet_results/chain_tiny/predictions/nnUNetPlans/step2_fold_0/*/case_5.nii.gz")
+    stored = driven.root.glob("nnUNet_results/chain_tiny/predictions/nnUNetPlans/step2_fold_all/*/case_5.nii.gz")
     ours, theirs = (
         SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path)))
         for path in (next(stored), driven.root / "out" / "case_5.nii.gz")
@@ -146,12 +145,12 @@ def test_nnunets_own_predict_gives_the_segmentations_that_were_scored(driven):
 
 def test_without_the_variable_nnunet_says_what_is_missing(driven):
     images = driven.root / "nnUNet_results" / "chain_tiny" / "test" / "images"
-    line = f"nnUNetv2_predict -i {images} -o none -d 501 -tr nnUNetTrainerPGCD -c 3d_fullres -f 0 -device cpu"
+    line = f"nnUNetv2_predict -i {images} -o none -d 501 -tr nnUNetTrainerPGCD -c 3d_fullres -f all -device cpu"
     assert "Could not find requested nnunet trainer nnUNetTrainerPGCD" in driven.types(line, fails=True)
 
 
 def test_export_to_zip_and_import(driven, tmp_path):
-    arguments = "-d 501 -f 0 -c 3d_fullres -tr nnUNetTrainerPGCD -p nnUNetPlans"
+    arguments = "-d 501 -f all -c 3d_fullres -tr nnUNetTrainerPGCD -p nnUNetPlans"
     driven.types(f"nnUNetv2_export_model_to_zip {arguments} -o {tmp_path}/model.zip")
     driven.types(
         f"export nnUNet_results={tmp_path}/elsewhere; mkdir $nnUNet_results",
@@ -174,7 +173,7 @@ def test_a_broken_teacher_stops_the_chain_with_one_message(driven, tmp_path, dam
     if damage == "missing":
         checkpoint.unlink()
         (user.fold(1) / "prototypes.npz").unlink()
-        line = "nnUNetv2_train 501 3d_fullres 0 -tr nnUNetTrainerPGCD -device cpu"
+        line = "nnUNetv2_train 501 3d_fullres all -tr nnUNetTrainerPGCD -device cpu"
         shown = user.types('eval "$(nnunet-cil env)"', line, fails=True)
         assert "teacher: got no file" in shown
     else:

@@ -75,6 +75,20 @@ def test_interrupt_ends_with_130(raising, capsys):
     assert capsys.readouterr().err == "Interrupted. The same command goes on from here.\n"
 
 
+SCHEDULED = {
+    "run": [],
+    "prepare": [],
+    "status": [],
+    "evaluate": [],
+    "compare": [],
+    "ablate": [],
+    "gather": ["elsewhere"],
+    "report": [],
+    "audit": [],
+    "export": ["model"],
+}
+
+
 @pytest.mark.parametrize("before_subcommand", [True, False])
 def test_debug_shows_the_traceback(tmp_path, before_subcommand):
     command = ["status", str(tmp_path / "none.yaml")]
@@ -84,6 +98,20 @@ def test_debug_shows_the_traceback(tmp_path, before_subcommand):
     assert done.returncode == 1
     assert "Traceback (most recent call last)" in done.stderr
     assert "nnunet-cil: error:" in done.stderr.splitlines()[-1]
+
+
+def test_a_mistake_in_the_schedule_is_told_before_pytorch_is_imported(tmp_path):
+    (tmp_path / "bad.yaml").write_text("name: bad\nsteps: 3\n")
+    commands = [[name, "bad.yaml", *more] for name, more in SCHEDULED.items()]
+    code = f"""
+import sys
+from nnunet_cil.cli.main import main
+for command in {commands!r}:
+    print(command[0], main(command), {{"torch", "nnunetv2", "scipy", "matplotlib"}} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [f"{name} 1 set()" for name in SCHEDULED]
+    assert done.stderr.count("error: bad.yaml: ") == len(SCHEDULED)
 
 
 def test_a_missing_schedule_is_one_line_on_stderr(tmp_path, capsys):
