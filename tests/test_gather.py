@@ -90,6 +90,8 @@ def test_seeds_of_two_machines_stand_in_one_table(chain, tmp_path):
         ({"method": "unheard_of"}, "got 'unheard_of', expected some of"),
         ({"method": None}, "got no method, seed, step and fold"),
         ({"scores": {"case_2": {"ball": {"dice": 1.5}}}}, "expected scores in"),
+        ({"scores": {"case_2": {"ball": {"nsd": -0.1}}}}, "got nsd: -0.1, expected scores in"),
+        ({"scores": {"case_2": {"ball": {"hd95_mm": -1.0}}}}, "got hd95_mm: -1.0, expected scores in"),
     ],
 )
 def test_scores_that_do_not_belong_here_are_refused_and_none_is_copied(chain, tmp_path, changes, message):

@@ -3,7 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
+from torch.nn.functional import interpolate
 
 from nnunet_cil.imprinting import ClassStatistics, class_statistics, imprint
 from nnunet_cil.losses.distillation import fold_logits
@@ -107,6 +109,19 @@ def cases():
         image = rng.normal(0, 0.1, labels.shape) + 3 * (labels == 2) - 3 * (labels == 1)
         found.append((image.astype(np.float32), labels))
     return found
+
+
+def test_labels_of_coarser_stages_are_those_that_deep_supervision_trains_on():
+    labels = np.random.default_rng(0).integers(0, 3, (1, 8, 16, 16)).astype(np.int16)
+    image = np.random.default_rng(1).normal(size=labels.shape).astype(np.float32)
+    statistics = class_statistics(network(2), [(image, labels)], (8, 16, 16), 2, 3, CPU)
+    (targets,) = DownsampleSegForDSTransform([0.5])(segmentation=torch.from_numpy(labels))["segmentation"]
+    counted = [int((targets == label).sum()) for label in (0, 2)]
+    others = interpolate(torch.from_numpy(labels)[None].float(), scale_factor=0.5, mode="nearest")
+    assert counted != [int((others == label).sum()) for label in (0, 2)], "another voxel of each eight"
+    coarse, full = sorted(statistics.values(), key=lambda found: found.counts.sum())
+    assert coarse.counts.tolist() == counted
+    assert full.counts.tolist() == [int((labels == label).sum()) for label in (0, 2)]
 
 
 @pytest.mark.parametrize("dim", [3, 2])
