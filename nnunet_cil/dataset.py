@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -33,7 +32,7 @@ from nnunet_cil.source_check import (
     tell_of_labels,
     warn_of_axes,
 )
-from nnunet_cil.step_files import STEP_FILE, count_whole_cases, read_step_file, write_json
+from nnunet_cil.step_files import STEP_FILE, count_whole_cases, read_step_file, whole_folder, write_json
 from nnunet_cil.teacher import inherited_from
 from nnunet_cil.untrusted import dataset_json_of, read_json
 
@@ -75,17 +74,15 @@ def write_raw(chain: Chain, step: int | str, cases: Sequence[Case], labels: Mapp
         return
     own = dataset_json_of(source)
     ending = own["file_ending"]
-    partial = folder.with_name(f".cil_{folder.name}.part")
-    shutil.rmtree(partial, ignore_errors=True)
-    for name in ("imagesTr", "labelsTr"):
-        (partial / name).mkdir(parents=True)
     reader = nnunet_api.reader_writer(own, cases[0].images[0])
-    for case in cases:
-        _write_case(case, case.name, partial / "imagesTr", partial / "labelsTr", ending, reader)
     kept = {key: own[key] for key in ("channel_names", "file_ending", "overwrite_image_reader_writer") if key in own}
-    write_json(partial / "dataset.json", {**kept, "labels": dict(labels), "numTraining": len(cases)})
-    write_json(partial / STEP_FILE, {"chain": chain.schedule.name, "step": step, "n_cases": len(cases)})
-    os.replace(partial, folder)
+    with whole_folder(folder) as partial:
+        for name in ("imagesTr", "labelsTr"):
+            (partial / name).mkdir()
+        for case in cases:
+            _write_case(case, case.name, partial / "imagesTr", partial / "labelsTr", ending, reader)
+        write_json(partial / "dataset.json", {**kept, "labels": dict(labels), "numTraining": len(cases)})
+        write_json(partial / STEP_FILE, {"chain": chain.schedule.name, "step": step, "n_cases": len(cases)})
     logger.info("%s: %d cases, labels %s", folder.name, len(cases), dict(labels))
 
 
@@ -124,17 +121,15 @@ def write_test_set(chain: Chain, tested: Mapping[str, Scan] | None = None) -> No
     if _test_json(chain) == json.loads(json.dumps(content)):
         write_json(folder / FILES_FILE, _file_states(cases))
         return
-    partial = chain.folder / ".test.part"
-    shutil.rmtree(partial, ignore_errors=True)
-    for name in ("images", "labels"):
-        (partial / name).mkdir(parents=True)
-    for name, (_, case) in cases.items():
-        reader = nnunet_api.reader_writer(own, case.images[0])
-        _write_case(case, name, partial / "images", partial / "labels", ending, reader)
-    write_json(partial / "test.json", content)
-    write_json(partial / FILES_FILE, _file_states(cases))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    with whole_folder(folder) as partial:
+        for name in ("images", "labels"):
+            (partial / name).mkdir()
+        for name, (_, case) in cases.items():
+            reader = nnunet_api.reader_writer(own, case.images[0])
+            _write_case(case, name, partial / "images", partial / "labels", ending, reader)
+        write_json(partial / "test.json", content)
+        write_json(partial / FILES_FILE, _file_states(cases))
+        shutil.rmtree(folder, ignore_errors=True)
     logger.info("test set: %d subjects", len(cases))
 
 

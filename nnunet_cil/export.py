@@ -21,7 +21,7 @@ from nnunet_cil.evaluate import evaluation_file, score_matrix
 from nnunet_cil.given_model import GivenModel, opened_zip
 from nnunet_cil.lineage import Files, check_fold, exported, sealed
 from nnunet_cil.report.table import marked
-from nnunet_cil.step_files import CHECKPOINT, LINEAGE_FILE, PROTOTYPE_FILE, read_step_file, write_json
+from nnunet_cil.step_files import CHECKPOINT, LINEAGE_FILE, PROTOTYPE_FILE, read_step_file, whole_folder, write_json
 from nnunet_cil.teacher import sha256_of
 from nnunet_cil.untrusted import dataset_json_of, parse_json
 
@@ -62,31 +62,29 @@ def export_model(
             f"{source}: got no finished training of fold {missing}, expected {CHECKPOINT} in each. Run "
             "`nnunet-cil status` to see where the chain stands."
         )
-    partial = target.with_name(f".{target.name}.part")
-    shutil.rmtree(partial, ignore_errors=True)
     _, plans_name, configuration = source.name.split("__")
     plans = json.loads((source / "plans.json").read_text(encoding="utf-8"))
     trainer = _network_of(chain, step, plans) or STOCK_TRAINER
-    model = partial / chain.dataset_name(step) / f"{trainer}__{plans_name}__{configuration}"
-    model.mkdir(parents=True)
-    write_json(model / "plans.json", plans)
-    described = dataset_json_of(source)
-    write_json(model / "dataset.json", {key: described[key] for key in KEPT_OF_DATASET if key in described})
-    if (fingerprint := source / "dataset_fingerprint.json").is_file():
-        shutil.copyfile(fingerprint, model / fingerprint.name)
-    for fold in folds:
-        _export_fold(source / f"fold_{fold}", model / f"fold_{fold}", trainer, configuration)
-    card = model_card(chain, variant, step, folds, licence)
-    files = sorted(path for path in model.rglob("*") if path.is_file())
-    card["sha256"] = {path.relative_to(model).as_posix(): sha256_of(path) for path in files}
-    write_json(model / CARD_FILE, sealed(card))
-    packed = archive.with_name(f".{archive.name}.part")
-    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as zipped:
-        for path in sorted(partial.rglob("*")):
-            if path.is_file():
-                zipped.write(path, path.relative_to(partial).as_posix())
-    os.replace(packed, archive)
-    os.replace(partial, target)
+    with whole_folder(target) as partial:
+        model = partial / chain.dataset_name(step) / f"{trainer}__{plans_name}__{configuration}"
+        model.mkdir(parents=True)
+        write_json(model / "plans.json", plans)
+        described = dataset_json_of(source)
+        write_json(model / "dataset.json", {key: described[key] for key in KEPT_OF_DATASET if key in described})
+        if (fingerprint := source / "dataset_fingerprint.json").is_file():
+            shutil.copyfile(fingerprint, model / fingerprint.name)
+        for fold in folds:
+            _export_fold(source / f"fold_{fold}", model / f"fold_{fold}", trainer, configuration)
+        card = model_card(chain, variant, step, folds, licence)
+        files = sorted(path for path in model.rglob("*") if path.is_file())
+        card["sha256"] = {path.relative_to(model).as_posix(): sha256_of(path) for path in files}
+        write_json(model / CARD_FILE, sealed(card))
+        packed = archive.with_name(f".{archive.name}.part")
+        with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as zipped:
+            for path in sorted(partial.rglob("*")):
+                if path.is_file():
+                    zipped.write(path, path.relative_to(partial).as_posix())
+        os.replace(packed, archive)
     return archive
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import stat
@@ -16,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from nnunet_cil.labels import RESERVED, check_regions, classes_of
-from nnunet_cil.step_files import CHECKPOINT, LINEAGE_FILE, PROTOTYPE_FILE, write_json
+from nnunet_cil.step_files import CHECKPOINT, LINEAGE_FILE, PROTOTYPE_FILE, whole_folder, write_json
 from nnunet_cil.untrusted import EXPECTED_ENDING, EXPECTED_NAME, MAX_JSON_BYTES, is_ending, is_name, parse_json
 
 MAX_BYTES = 50_000_000_000
@@ -85,10 +84,7 @@ class GivenModel:
         Raises:
             ValueError: it cannot be read, or ``check`` raises it; nothing is left behind.
         """
-        partial = target.with_name(f".{target.name}.part")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
+        with whole_folder(target) as partial:
             for name, content in (("plans.json", self.plans), ("dataset.json", self.dataset_json)):
                 write_json(partial / name, content)
             for fold in folds:
@@ -96,9 +92,6 @@ class GivenModel:
                 for name in (CHECKPOINT, PROTOTYPE_FILE, LINEAGE_FILE):
                     self._copy(f"fold_{self.fold_for(fold)}/{name}", partial / f"fold_{fold}" / name)
                 check(partial / f"fold_{fold}" / CHECKPOINT)
-            os.replace(partial, target)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
 
     def _copy(self, member: str, target: Path) -> None:
         with _opened(self.path, f"{self.inner}{member}") as source:

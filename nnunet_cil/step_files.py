@@ -1,9 +1,12 @@
-"""Files of a step: what those of a fold are called, how small ones are written, and which make a dataset whole."""
+"""Files of a step: what those of a fold are called, how they are written whole, what makes a dataset whole."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,23 @@ def write_json(path: Path, content: Any) -> None:
     partial = path.with_name(path.name + ".part")
     partial.write_text(json.dumps(content, indent=1, sort_keys=False) + "\n")
     os.replace(partial, path)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A new folder beside ``folder``, to write into; at the end it gets that name, and after an error it is gone.
+
+    Raises:
+        OSError: ``folder`` is there at the end, and not empty.
+    """
+    partial = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def read_step_file(folder: Path) -> dict | None:

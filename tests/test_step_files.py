@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nnunet_cil.step_files import STEP_FILE, check_step_files, read_step_file
+from nnunet_cil.step_files import STEP_FILE, check_step_files, read_step_file, whole_folder
 
 CASES = ("case_0", "case_1")
 IDENTIFIER = "nnUNetPlans_3d_fullres"
@@ -26,6 +26,27 @@ def dataset(tmp_path) -> Path:
 def write_marker(folder: Path, complete=(IDENTIFIER,), n_cases=2) -> None:
     content = {"chain": "tiny", "step": 2, "n_cases": n_cases, "complete": list(complete)}
     (folder / STEP_FILE).write_text(json.dumps(content))
+
+
+def interrupted(folder: Path) -> None:
+    with whole_folder(folder) as partial:
+        (partial / "half").touch()
+        raise KeyboardInterrupt
+
+
+def test_a_folder_is_whole_or_not_there(tmp_path):
+    folder, left_by_a_kill = tmp_path / "below" / "data", tmp_path / "below" / ".data.part" / "old"
+    left_by_a_kill.mkdir(parents=True)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(folder)
+    assert list(folder.parent.iterdir()) == []
+    with whole_folder(folder) as partial:
+        (partial / "file").touch()
+        assert not folder.exists()
+    assert [path.relative_to(folder).as_posix() for path in folder.parent.rglob("*") if path.is_file()] == ["file"]
+    with pytest.raises(OSError, match="not empty"), whole_folder(folder) as partial:
+        (partial / "other").touch()
+    assert [path.name for path in folder.parent.rglob("*")] == ["data", "file"], "what is there is not touched"
 
 
 def test_step_file_is_read(dataset):

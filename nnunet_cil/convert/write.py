@@ -5,9 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import logging
-import os
 import re
-import shutil
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ from nnunet_cil import nnunet_api
 from nnunet_cil.convert.nifti import UNREADABLE
 from nnunet_cil.convert.source import ENDING, Case, PublicSet, Written, shown
 from nnunet_cil.parallel import over_cases
+from nnunet_cil.step_files import whole_folder
 from nnunet_cil.untrusted import EXPECTED_NAME, is_name
 
 logger = logging.getLogger(__name__)
@@ -50,11 +49,9 @@ def write_dataset(found: PublicSet, dataset_id: int, name: str | None = None) ->
     """
     folder = _target(dataset_id, name or found.name)
     _check_names(found)
-    partial = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with whole_folder(folder) as partial:
         for part in ("imagesTr", "labelsTr"):
-            (partial / part).mkdir(parents=True)
+            (partial / part).mkdir()
         known = frozenset(found.labels.values())
         arguments = [(found.write, case, partial, known, len(found.channels)) for case in found.cases]
         n_bytes = sum(_bytes_of(path) for case in found.cases for path in (*case.images, *case.labels))
@@ -65,9 +62,6 @@ def write_dataset(found: PublicSet, dataset_id: int, name: str | None = None) ->
                 + "\n  ".join(problems)
             )
         converted = _describe(found, folder, partial)
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     _tell(found, written)
     return converted
 
