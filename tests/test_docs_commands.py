@@ -37,6 +37,7 @@ ONLY_PARSED = {  # by the first line of the block
     "nnunet-cil run examples/hippocampus.yaml --methods pgcd finetune": "needs a public set, takes hours",
     "nnunet-cil compare examples/chaos_2-2.yaml --seeds 0 1 2 \\": "needs a public set, takes hours",
     "nnunet-cil compare examples/hippocampus_long.yaml --methods pgcd pseudo_kd joint": "takes an hour",
+    "nnunet-cil compare examples/chaos_2-2_long.yaml --methods pgcd pseudo_kd joint": "needs a public set, takes hours",
     "nnunet-cil compare examples/hippocampus_methods.yaml \\": "needs a public set, takes hours",
     "nnunet-cil ablate examples/chaos_ablation.yaml": "needs a public set, takes hours",
     "nnunet-cil compare abdomen.yaml --launcher slurm": "needs a Slurm: test_launcher.py starts one",
