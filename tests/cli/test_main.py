@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from nnunet_cil.cli import main as cli
-from nnunet_cil.cli.main import SUBCOMMANDS, main
+from nnunet_cil.cli.main import SUBCOMMANDS, build_parser, main
 
 HEAVY = {"torch", "nnunetv2", "numpy", "SimpleITK", "scipy", "matplotlib", "yaml"}
 
@@ -98,6 +98,16 @@ def test_debug_shows_the_traceback(tmp_path, before_subcommand):
     assert done.returncode == 1
     assert "Traceback (most recent call last)" in done.stderr
     assert "nnunet-cil: error:" in done.stderr.splitlines()[-1]
+
+
+def test_which_commands_take_a_schedule():
+    (subparsers,) = (a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    taking = {
+        name
+        for name, each in subparsers.choices.items()
+        if "schedule" in [action.dest for action in each._actions if not action.option_strings]  # extend writes one
+    }
+    assert taking == set(SCHEDULED)
 
 
 def test_a_mistake_in_the_schedule_is_told_before_pytorch_is_imported(tmp_path):
