@@ -16,7 +16,7 @@ _SIDE = re.compile(r"left|right|(?<![a-z0-9])[lr](?![a-z0-9])")
 def warn_before_planning(schedule: Schedule) -> None:
     """Warn of a chain without a test set, and of classes that mirroring makes one of the other.
 
-    A given model has its mirroring, so there nothing is said of it.
+    Of classes that a given model has already nothing is said.
     """
     if not schedule.test:
         logger.warning(
@@ -24,20 +24,21 @@ def warn_before_planning(schedule: Schedule) -> None:
             "subjects before the first training: those that were trained on cannot be held out later.",
             schedule.file,
         )
-    pair = left_right_pair(schedule.classes)
-    if pair is not None and schedule.mirror_axes is None and schedule.model is None:
+    pair = left_right_pair(schedule.classes, () if schedule.model is None else schedule.model.classes)
+    if pair is not None and schedule.mirror_axes is None:
         logger.warning(
-            "%s: mirror_axes: got nothing, so images are mirrored along all axes, and mirrored left to right %r looks "
-            "like %r. The axes cannot be changed later. Leave out the axis from left to right: `mirror_axes: %s` in "
-            "axial volumes, see docs/schedule.md.",
+            "%s: mirror_axes: got nothing, so images are mirrored along all axes%s, and mirrored left to right %r "
+            "looks like %r. The axes cannot be changed later. Leave out the axis from left to right: `mirror_axes: %s` "
+            "in axial volumes, see docs/schedule.md.",
             schedule.file,
+            "" if schedule.model is None else " that the model was trained with",
             *pair,
             [0] if schedule.configuration == "2d" else [0, 1],
         )
 
 
-def left_right_pair(classes: Sequence[str]) -> tuple[str, str] | None:
-    """The first two classes whose names differ by left and right alone, None if there are none.
+def left_right_pair(classes: Sequence[str], known: Sequence[str] = ()) -> tuple[str, str] | None:
+    """The first two classes whose names differ by left and right alone, not both of them known; None if there are none.
 
     Case, blanks and signs do not count, and ``L`` and ``R`` by themselves are sides, too: ``Parotid_L``, ``Parotid_R``.
     """
@@ -46,6 +47,6 @@ def left_right_pair(classes: Sequence[str]) -> tuple[str, str] | None:
         plain = name.lower()
         sides = "".join(side[0] for side in _SIDE.findall(plain))
         other_sides, other = first.setdefault(re.sub(r"[\W_]", "", _SIDE.sub("X", plain)), (sides, name))
-        if other_sides != sides:
+        if other_sides != sides and not {other, name} <= set(known):
             return other, name
     return None

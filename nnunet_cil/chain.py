@@ -259,6 +259,12 @@ class Chain:
         return tuple(self.content.get("forgotten", ()))
 
     @property
+    def mirror_axes(self) -> tuple[int, ...] | None:
+        """The schedule's; where it names none, a given model's, else None for nnU-Net's choice."""
+        axes = self.schedule.mirror_axes
+        return tuple(self.content["mirror_axes"]) if axes is None and self.schedule.model else axes
+
+    @property
     def default_method(self) -> str:
         """Method of the schedule's trainer."""
         return method_of(self.schedule.trainer)

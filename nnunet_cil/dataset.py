@@ -11,6 +11,7 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,22 @@ def _install_model(chain: Chain) -> None:
         return
     target = chain.model_folder(chain.first_step(None), 1)
     if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        model.install(target, chain.schedule.folds, check=read_checkpoint)
+        model.install(target, chain.schedule.folds, check=partial(_check_given, chain.schedule))
     if "network_of" not in chain.content:
         chain.content |= inherited_from(target, chain.schedule.folds[0])
     chain.content["plans_name"] = model.plans["plans_name"]
     chain.save()
+
+
+def _check_given(schedule: Schedule, checkpoint: Path) -> None:
+    """Refuse a checkpoint that cannot be read, and ``mirror_axes`` that its training had no mirrored images of."""
+    known = read_checkpoint(checkpoint).get("inference_allowed_mirroring_axes")
+    known = list(known) if isinstance(known, (list, tuple)) else []
+    if others := [axis for axis in schedule.mirror_axes or () if axis not in known]:
+        raise ValueError(
+            f"{schedule.file}: mirror_axes: got {others}, expected some of {known}, along which the given model was "
+            "trained on mirrored images: along others it cannot teach. Leave these out."
+        )
 
 
 def _write_case(case: Case, name: str, images: Path, labels: Path, ending: str, reader: Any) -> None:
@@ -455,7 +466,7 @@ def block_of(chain: Chain, variant: Variant, step: int | str) -> StepBlock:
         method=variant.method,
         settings=chain.settings(variant),
         training=training,
-        mirror_axes=schedule.mirror_axes if schedule.model is None else tuple(chain.content["mirror_axes"]),
+        mirror_axes=chain.mirror_axes,
         teacher=teacher,
         network_of=chain.content.get("network_of"),
     )

@@ -66,11 +66,11 @@ class GivenModel:
             return fold
         if len(self.folds) == 1:
             return self.folds[0]
-        folds = " ".join(map(str, self.folds))
+        folds, first = " ".join(map(str, self.folds)), self.folds[0]
         raise ValueError(
-            f"{self.path}: got a model with the folds {list(self.folds)}, expected fold {fold!r} among them. Set "
-            f"`fold` in the schedule (--fold of `nnunet-cil extend`) to one that it has, or to several: --fold {folds} "
-            "trains each from its own."
+            f"{self.path}: got a model with the folds {list(self.folds)}, expected fold {fold!r} among them. Choose "
+            f"one of them to start from, `model_fold: {first}` in the schedule (--model-fold {first} of `nnunet-cil "
+            f"extend`), or set `fold` (--fold) to folds that it has: --fold {folds} trains each from its own."
         )
 
     def install(

@@ -30,19 +30,24 @@ def write_json(path: Path, content: Any) -> None:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A new folder beside ``folder``, to write into; at the end it gets that name, and after an error it is gone.
+    """A new folder beside ``folder``, to write into; at the end it gets that name.
+
+    After an error it is gone, and so is the parent that was made for it.
 
     Raises:
         OSError: ``folder`` is there at the end, and not empty.
     """
     partial = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    parent_is_ours = not folder.parent.exists()
     partial.mkdir(parents=True)
     try:
         yield partial
         os.replace(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if parent_is_ours and not any(folder.parent.iterdir()):
+            folder.parent.rmdir()
 
 
 def read_step_file(folder: Path) -> dict | None:

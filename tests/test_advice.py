@@ -78,12 +78,21 @@ def test_other_organs_may_be_mirrored(warned):
     assert warned({**TEST, "steps": [["liver"], ["spleen", "left_kidney"]]}) == []
 
 
-def test_a_given_model_has_its_mirroring(warned, tmp_path):
-    model = write_model(tmp_path / "nnUNetTrainer__nnUNetPlans__3d_fullres")
-    write_raw(tmp_path / "raw" / "Dataset002_Kidneys", labels=("kidney_l", "kidney_r"))
-    steps = [{"dataset": 2, "classes": ["kidney_l", "kidney_r"]}]
-    (line,) = warned({"source": None, "model": str(model), "steps": steps})
-    assert line.startswith("test: got nothing, so no step is scored")
+def test_what_a_given_model_learns_is_warned_of_and_what_it_has_is_not(warned, tmp_path):
+    labels = {"background": 0, "lung_left": 1, "lung_right": 2, "eye_left": 3}
+    model = write_model(tmp_path / "nnUNetTrainer__nnUNetPlans__3d_fullres", labels)
+    write_raw(tmp_path / "raw" / "Dataset002_Kidneys", labels=("kidney_l", "kidney_r", "eye_right"))
+
+    def of(*classes: str, **changes) -> list[str]:
+        steps = [{"dataset": 2, "classes": [*classes]}]
+        return warned({"source": None, "model": str(model), "steps": steps, **changes})[1:]
+
+    assert of("kidney_l") == []
+    (line,) = of("kidney_l", "kidney_r")
+    assert line.startswith("mirror_axes: got nothing, so images are mirrored along all axes that the model was trained")
+    assert "'kidney_l' looks like 'kidney_r'" in line
+    assert "'eye_left' looks like 'eye_right'" in of("eye_right")[0], "one of them new"
+    assert of("kidney_l", "kidney_r", mirror_axes=[0, 1]) == []
 
 
 def test_a_chain_is_warned_of_before_it_is_planned_and_not_again(nnunet_folders, tmp_path, monkeypatch, caplog):

@@ -79,8 +79,9 @@ def defaults_of(cls: type) -> dict[str, Any]:
 def top_level_defaults() -> dict[str, Any]:
     known = defaults_of(Schedule)
     (fold,) = known["folds"]
-    mappings = dict.fromkeys(("plans", "training", "method", "variants", "unlabelled", "guard", "launcher"))
-    known |= {"fold": fold, "test": known["test"] or None, "intensity": Intensity().mode, **mappings}
+    no_fields = ("plans", "training", "method", "variants", "unlabelled", "guard", "launcher", "model_fold")
+    known |= dict.fromkeys(no_fields)
+    known |= {"fold": fold, "test": known["test"] or None, "intensity": Intensity().mode}
     return {key: known[key] for key in KEYS}
 
 

@@ -25,9 +25,9 @@ from nnunet_cil.prototypes import PrototypeStore
 from nnunet_cil.schedule import ScheduleError, load_schedule
 from nnunet_cil.step_files import write_json
 from nnunet_cil.teacher import load_teacher
-from tests.conftest import write_tiny_dataset
+from tests.conftest import write_schedule, write_tiny_dataset
 from tests.fuzz import test_files as fuzz
-from tests.test_trainer import make_chain, module_patch, train  # noqa: F401  (a fixture)
+from tests.test_trainer import fold_of, make_chain, module_patch, train  # noqa: F401  (a fixture)
 
 MODEL = "nnUNetTrainer__nnUNetPlans__3d_fullres"
 LABELS = {"background": 0, "liver": 1, "spleen": 2}
@@ -93,7 +93,7 @@ def test_an_only_fold_teaches_any_fold_but_several_only_their_own(tmp_path):
     assert read_model(write_model(tmp_path / "one" / MODEL, folds=(2,))).fold_for("all") == 2
     several = read_model(write_model(tmp_path / "two" / MODEL, folds=(0, 1)))
     assert several.fold_for(1) == 1
-    with pytest.raises(ValueError, match=r"folds \[0, 1\], expected fold 'all'"):
+    with pytest.raises(ValueError, match=r"folds \[0, 1\], expected fold 'all'.*`model_fold: 0`"):
         several.fold_for("all")
 
 
@@ -217,7 +217,7 @@ def test_a_damaged_zip_leaves_nothing_behind(tmp_path):
     path.write_bytes(content.replace(b"weights all", b"weights nil"))
     with pytest.raises(ValueError, match="got a damaged zip"):
         read_model(path).install(tmp_path / "target" / MODEL, ["all"])
-    assert list((tmp_path / "target").iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 @pytest.mark.parametrize("value", ["../x", "/x", "a/b", ".", "", "a\0b", "x" * 200, 3, None])
@@ -287,6 +287,12 @@ def first(tmp_path_factory, module_patch) -> Chain:  # noqa: F811
     train(chain, 1)
     export_model(chain, chain.variant("pgcd", 0), 1, ["all"], chain.folder / "given", None)
     return chain
+
+
+def mirrored_along(fold: Path, axes: tuple[int, ...]) -> None:
+    """The model as if it had been trained on images mirrored along these axes only."""
+    path = fold / "checkpoint_final.pth"
+    torch.save({**torch.load(path, weights_only=False), "inference_allowed_mirroring_axes": axes}, path)
 
 
 def write_extension(root: Path, model: Path, **changes) -> Path:
@@ -369,12 +375,23 @@ def test_a_model_without_prototypes_or_of_stock_nnunet_is_extended(first, tmp_pa
     for name in ("prototypes.npz", "lineage.json"):
         (stock / "fold_all" / name).unlink()
     (stock / "fold_all").rename(stock / "fold_0")
+    mirrored_along(stock / "fold_0", (0, 1))
+    shutil.copytree(stock / "fold_0", stock / "fold_1")
     plans = json.loads((stock / "plans.json").read_text(encoding="utf-8"))
     plans.pop("cil")
     (stock / "plans.json").write_text(json.dumps(plans))
-    schedule = load_schedule(write_extension(tmp_path, stock))
+    with pytest.raises(ScheduleError, match=r"expected fold 'all' among them\. Choose one .* `model_fold: 0`"):
+        load_schedule(write_extension(tmp_path, stock))
+    other_axis = load_schedule(write_extension(tmp_path, stock, model_fold=1, mirror_axes=[1, 2]))
+    with pytest.raises(ValueError, match=r"mirror_axes: got \[2\], expected some of \[0, 1\], along which"):
+        prepare(other_axis, [], [])
+    assert not list((tmp_path / "nnUNet_results").rglob("*.pth"))
+    schedule = load_schedule(write_extension(tmp_path, stock, model_fold=1, mirror_axes=[1]))
     run(schedule, [], [])
     chain = Chain.open(schedule)
+    last = torch.load(fold_of(chain, 2) / "checkpoint_final.pth", weights_only=False)
+    assert last["inference_allowed_mirroring_axes"] == (1,)
+    assert chain.content["schedule"]["model_fold"] == 1
     log = next(chain.model_folder(chain.variant("pgcd", 0), 2).rglob("training_log_*.txt")).read_text(encoding="utf-8")
     assert "taking its confident predictions" in log
     assert main(["verify", str(chain.folder)]) == 0
@@ -395,8 +412,29 @@ def test_data_of_another_kind_and_classes_it_has_are_refused(first, tmp_path, mo
     assert not list((tmp_path / "nnUNet_raw").iterdir())
     with pytest.raises(ScheduleError, match="class 'ball' that the model has already"):
         load_schedule(write_extension(tmp_path, given, steps=[{"dataset": "new", "classes": ["ball"]}], test=None))
-    with pytest.raises(ScheduleError, match="mirror_axes: got the key beside a model"):
-        load_schedule(write_extension(tmp_path, given, mirror_axes=[0]))
+    with pytest.raises(ScheduleError, match="intensity: got the key beside a model"):
+        load_schedule(write_extension(tmp_path, given, intensity="whole_image"))
+
+
+def test_one_of_several_folds_teaches_all_new_scans(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = write_model(tmp_path / MODEL, folds=(0, 1))
+    write_tiny_dataset(tmp_path / "new", n_cases=2)
+    assert main(["extend", str(model), "--with", "new", "--classes", "ball", "--only-write"]) == 1
+    command = ["extend", str(model), "--with", "new", "--classes", "lump=ball", "lump=blob", "--model-fold", "1"]
+    assert main([*command, "--only-write"]) == 0
+    schedule = load_schedule(tmp_path / "extended.yaml")
+    assert (schedule.classes, schedule.steps[1].class_map) == (
+        ("liver", "spleen", "lump"),
+        {"ball": "lump", "blob": "lump"},
+    )
+    assert (schedule.folds, schedule.model.folds) == (("all",), (1,))
+    assert schedule.to_dict()["model_fold"] == 1
+    for wrong in (2, True, "all"):
+        with pytest.raises(ScheduleError, match=r"model_fold: got .*, expected one of the folds .*: \[0, 1\]"):
+            load_schedule(write_extension(tmp_path, model, model_fold=wrong, test=None))
+    with pytest.raises(ScheduleError, match="model_fold: got the key without a model"):
+        load_schedule(write_schedule(tmp_path / "s.yaml", tmp_path / "new", extra="model_fold: 0"))
 
 
 def test_extend_writes_a_schedule_and_never_over_another(first, tmp_path, monkeypatch, capsys):

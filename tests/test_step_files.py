@@ -40,6 +40,9 @@ def test_a_folder_is_whole_or_not_there(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         interrupted(folder)
     assert list(folder.parent.iterdir()) == []
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(tmp_path / "of_its_own" / "data")
+    assert not (tmp_path / "of_its_own").exists()
     with whole_folder(folder) as partial:
         (partial / "file").touch()
         assert not folder.exists()

@@ -16,7 +16,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "plans; the table and report.html show the differences to the schedule's own method (where it is not among "
         "them: to the first), paired by test subject.",
     )
-    add_chain_arguments(parser, methods="all that keep no scans, and joint")
+    add_chain_arguments(parser, methods="all but replay and ilt_mib")
     add_launcher_argument(parser)
     parser.set_defaults(run=run)
 

@@ -38,6 +38,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--fold", nargs="+", default=["all"], help="folds of the new training (default: all, which is all new scans)"
     )
+    parser.add_argument("--model-fold", metavar="FOLD", help="fold of MODEL to start from, where it has several")
     parser.add_argument("--epochs", type=int, help="default: nnU-Net's 1000")
     parser.add_argument("--iterations", type=int, help="iterations of an epoch (default: nnU-Net's 250)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
@@ -58,10 +59,11 @@ def run(args: argparse.Namespace) -> int:
     if not is_name(args.name):
         raise ValueError(f"--name: got {args.name!r}, expected {EXPECTED_NAME}.")
     path = args.schedule or Path(f"{args.name}.yaml")
-    folds = [int(fold) if fold.isdigit() else fold for fold in args.fold]
+    folds = [_fold(fold) for fold in args.fold]
     content = {
         "name": args.name,
         "model": str(_model(args)),
+        **({} if args.model_fold is None else {"model_fold": _fold(args.model_fold)}),
         "steps": [{"dataset": _dataset(args.dataset), "classes": dict(map(_class, args.classes))}],
         "fold": folds if len(folds) > 1 else folds[0],
         "device": args.device,
@@ -106,6 +108,10 @@ def _model(args: argparse.Namespace) -> Path:
     if len(found) != 1:
         raise ValueError(f"{args.model}: got {len(found)} such datasets in {results}, expected one with the model.")
     return found[0] / model_folder_name(args.trainer, args.plans, args.configuration)
+
+
+def _fold(text: str) -> str | int:
+    return int(text) if text.isdigit() else text
 
 
 def _dataset(value: str) -> str | int:

@@ -201,7 +201,7 @@ class Schedule:
                 | _digest_of(s.unlabelled)
                 for s, raw in zip([self.steps[t - 1] for t in self.own_steps], self.raw["steps"], strict=True)
             ],
-            **({"model": self.raw["model"]} if self.model else {}),
+            **{key: self.raw[key] for key in ("model", "model_fold") if self.model and self.raw.get(key) is not None},
             "images": self.images,
             **_digest_of(self.unlabelled),
             "test": self.raw.get("test"),
@@ -225,6 +225,7 @@ class Schedule:
 KEYS = (
     "name",
     "model",
+    "model_fold",
     "source",
     "images",
     "unlabelled",

@@ -106,7 +106,7 @@ def _schedule(reading: Reading) -> Schedule:
         "intensity": intensity_of(reading, raw.get("intensity", "step1")),
         **plans_of(reading, raw.get("plans")),
     }
-    values["model"] = model = model_of(reading, raw.get("model"))
+    values["model"] = model = model_of(reading, raw.get("model"), raw.get("model_fold"))
     if model is not None:
         values["configuration"] = model.configuration
         check_folds_of(reading, model, values["folds"])

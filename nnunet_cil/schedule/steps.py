@@ -16,20 +16,29 @@ from nnunet_cil.schedule.reading import Reading
 from nnunet_cil.schedule.settings import CHAIN_NAME
 
 
-def model_of(reading: Reading, value: Any) -> GivenModel | None:
+def model_of(reading: Reading, value: Any, fold: Any) -> GivenModel | None:
+    """The given model; of its folds only ``fold``, where one is named."""
     if value is None:
+        if fold is not None:
+            reading.problem("model_fold", "the key without a model", "`model`, of which it names a fold")
         return None
     path = reading.path("model", value)
-    for key in ("plans", "intensity", "mirror_axes", "source", "configuration"):
+    for key in ("plans", "intensity", "source", "configuration"):
         if reading.raw.get(key) is not None:
             reading.problem(
                 key, "the key beside a model", "no such key: it is the model's, or each step has its dataset"
             )
     try:
-        return None if path is None else read_model(path)
+        model = None if path is None else read_model(path)
     except (ValueError, OSError) as error:
         reading.failed("model", error)
         return None
+    if model is None or fold is None:
+        return model
+    if isinstance(fold, bool) or fold not in model.folds:
+        reading.problem("model_fold", repr(fold), f"one of the folds that the model has: {list(model.folds)}")
+        return None
+    return replace(model, folds=(fold,))
 
 
 def check_folds_of(reading: Reading, model: GivenModel, folds: Sequence[int | str]) -> None:
