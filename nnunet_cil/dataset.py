@@ -113,7 +113,7 @@ def write_test_set(chain: Chain, tested: Mapping[str, Scan] | None = None) -> No
     if test_set_is_written(chain):
         return
     tested = tested or scan_test_set(schedule)
-    check_test_set(tested)
+    check_test_set(schedule, tested)
     own = dataset_json_of(first_source(schedule))
     for test in schedule.test:
         if test.dataset and (theirs := dataset_json_of(test.dataset)["channel_names"]) != own["channel_names"]:

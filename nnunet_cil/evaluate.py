@@ -27,7 +27,7 @@ from nnunet_cil.parallel import over_cases
 from nnunet_cil.report.paired import Scores, paired_differences
 from nnunet_cil.report.table import FinalScores, Row, marked
 from nnunet_cil.step_files import CHECKPOINT, COST_FILE, PROTOTYPE_FILE, REPLAY_FILE, write_json
-from nnunet_cil.surface_scores import ABSENCES, absence
+from nnunet_cil.surface_scores import ABSENCES, BOTH_EMPTY, INVENTED, absence
 from nnunet_cil.teacher import sha256_of
 from nnunet_cil.untrusted import is_ending, is_name, read_json
 
@@ -309,15 +309,32 @@ def _matrix(
 ) -> NDArray[np.float64]:
     matrix = np.full((chain.n_steps, len(chain.schedule.classes)), np.nan)
     for row, content in evaluations.items():
+        shown = shown_scores(content, cases)
         for column, name in _learned(chain, row):
-            values = [
-                classes[name][score]
-                for case, classes in content["scores"].items()
-                if (cases is None or case in cases) and name in classes and classes[name].get(score) is not None
-            ]
-            if values:
+            found = [classes[name].get(score) for classes in shown.values() if name in classes]
+            if values := [value for value in found if value is not None]:
                 matrix[row, column] = float(np.mean(values))
     return matrix
+
+
+def shown_scores(content: Mapping[str, Any], cases: Collection[str] | None = None) -> dict[str, dict[str, Any]]:
+    """``{case: {class: {score: value}}}`` of what ``evaluate_model`` stored, of all or the named test subjects.
+
+    A class that none of them has keeps no score: where one is invented that is an error, which is counted, but there is
+    nothing that it was to be like, and a mean of 0 would set back who is not asked for it.
+    """
+    scores, absent = content["scores"], content.get("absent", {})
+    of = {case: classes for case, classes in scores.items() if cases is None or case in cases}
+    shown = {
+        name
+        for case, classes in of.items()
+        for name in classes
+        if absent.get(case, {}).get(name) not in (BOTH_EMPTY, INVENTED)
+    }
+    return {
+        case: {name: values if name in shown else {} for name, values in classes.items()}
+        for case, classes in of.items()
+    }
 
 
 def _counts(chain: Chain, evaluations: Mapping[int, Mapping[str, Any]]) -> dict[str, list[list[int | None]]]:
@@ -349,7 +366,7 @@ def subject_scores(chain: Chain, variants: Sequence[Variant], score: str = "dice
             if last := _evaluations(chain, variant, fold).get(chain.n_steps - 1):
                 found[variant.method][variant.seed, fold] = {
                     case: {name: values.get(score) for name, values in classes.items()}
-                    for case, classes in last["scores"].items()
+                    for case, classes in shown_scores(last).items()
                 }
     return dict(found)
 

@@ -91,8 +91,9 @@ def _read(case: Case, dataset_json: dict[str, Any]) -> tuple[np.ndarray, np.ndar
         raise ValueError(f"{case.label}: {difference}")
     if images.shape[1:] != seg.shape[1:]:
         raise ValueError(f"{case.label}: got size {seg.shape[1:]}, expected {images.shape[1:]} as the image.")
-    if not np.isfinite(images).all() or any(map(_hides_not_finite, case.images)):
-        raise ValueError(f"{case.images[0]}: got voxels that are not finite (NaN or infinite), expected numbers.")
+    for path, voxels, files in ((case.images[0], images, case.images), (case.label, seg, [case.label])):
+        if not np.isfinite(voxels).all() or any(map(_hides_not_finite, files)):
+            raise ValueError(f"{path}: got voxels that are not finite (NaN or infinite), expected numbers.")
     if unknown := [int(v) if v == int(v) else v for v in np.unique(seg).tolist() if v not in case.table]:
         raise ValueError(
             f"{case.label}: got label values {unknown}, expected only {sorted(case.table)} of dataset.json."
@@ -111,13 +112,17 @@ def _scan(case: Case, dataset_json: dict[str, Any], wanted: Mapping[int | str, t
     except ValueError as error:
         return Scan(problem=str(error))
     images, seg, crop = nnunet_api.crop_case(images, seg, spacing)
-    values, counts = np.unique(seg[seg >= 0], return_counts=True)
-    found = dict(zip(values.tolist(), counts.tolist(), strict=True))
     intensities = {
         step: nnunet_api.foreground_intensities(images, apply_remap(seg, {-1: 0, **table}), n_samples)
         for step, (table, n_samples) in wanted.items()
     }
-    return Scan(found, None, crop, intensities, axes=_axes(case))
+    return Scan(_counts(seg), None, crop, intensities, axes=_axes(case))
+
+
+def _counts(seg: np.ndarray) -> dict[int, int]:
+    """Voxels by own label value; what nnU-Net crops away is -1 and not counted."""
+    values, counts = np.unique(seg[seg >= 0], return_counts=True)
+    return dict(zip(values.tolist(), counts.tolist(), strict=True))
 
 
 def _scan_test(case: Case, dataset_json: dict[str, Any]) -> Scan:
@@ -132,7 +137,7 @@ def _scan_test(case: Case, dataset_json: dict[str, Any]) -> Scan:
     digest = hashlib.sha256(repr((images.shape, [round(float(each), 6) for each in spacing])).encode())
     digest.update(np.ascontiguousarray(images, np.float32))
     digest.update(np.ascontiguousarray(apply_remap(seg, case.table), np.int16))
-    return Scan(digest=digest.hexdigest(), axes=_axes(case))
+    return Scan(_counts(seg), digest=digest.hexdigest(), axes=_axes(case))
 
 
 def scan_test_set(schedule: Schedule) -> dict[str, Scan]:
@@ -145,13 +150,26 @@ def scan_test_set(schedule: Schedule) -> dict[str, Scan]:
     return dict(zip(cases, over_cases(_scan_test, todo, n_bytes, "checking the test subjects"), strict=True))
 
 
-def check_test_set(tested: Mapping[str, Scan]) -> None:
+def check_test_set(schedule: Schedule, tested: Mapping[str, Scan]) -> None:
     """Refuse test subjects whose files `scan_test_set` found to be damaged, not to fit each other, or mislabelled.
+
+    Of classes that are labelled in them and that none of them has, a warning says that they are not scored.
 
     Raises:
         ValueError: all problems at once.
     """
     _refuse(_problems(tested.values()))
+    cases = {name: case for name, (_, case) in held_out_cases(schedule).items()}
+    for value, name in enumerate(schedule.classes, 1):
+        labelled = [subject for subject, case in cases.items() if value in case.labelled]
+        if labelled and not any(_voxels(cases[subject], tested[subject])[value] for subject in labelled):
+            logger.warning(
+                "%s: test: got no voxel of %r in the labels of its %d subjects, so it is not scored. Was it left "
+                "unlabelled there, or has the test set another name for it? See docs/schedule.md.",
+                schedule.file,
+                name,
+                len(labelled),
+            )
 
 
 def _axes(case: Case) -> str:
@@ -264,7 +282,7 @@ def check_sources(
                 else f"{where}: got no training case in {folder}, expected at least one that is not a test subject."
             )
         elif not any(scan.problem for scan in found):
-            totals = sum((_voxels(case, scans) for case in cases[step]), Counter())
+            totals = sum((_voxels(case, scans[case.label]) for case in cases[step]), Counter())
             labels = final_labels(schedule, step, {})
             problems += [
                 f"{where}: got no voxel of {name!r} in the labels of its {len(found)} cases, expected at least one. "
@@ -273,7 +291,7 @@ def check_sources(
                 if not totals[labels[name]]
             ]
             known = {labels[name]: name for name in schedule.steps[step - 1].classes if totals[labels[name]]}
-            voxels = {case.name: _voxels(case, scans) for case in cases[step]}
+            voxels = {case.name: _voxels(case, scans[case.label]) for case in cases[step]}
             problems += [f"{where}: {problem}" for problem in _fold_problems(schedule.folds, voxels, known)]
     _refuse(problems)
     return scans
@@ -318,10 +336,10 @@ def _labelled_classes(schedule: Schedule, step: int) -> tuple[str, ...]:
     return schedule.steps[step - 1].classes + schedule.steps[step - 1].old_classes
 
 
-def _voxels(case: Case, scans: Mapping[Path, Scan]) -> Counter[int]:
+def _voxels(case: Case, scan: Scan) -> Counter[int]:
     """Voxels of a case by the label value that they get."""
     counts: Counter[int] = Counter()
-    for own, number in scans[case.label].counts.items():
+    for own, number in scan.counts.items():
         counts[case.table[own]] += number
     return counts
 
@@ -337,7 +355,7 @@ def tell_of_labels(schedule: Schedule, cases: Mapping[int | str, Sequence[Case]]
         if new.old_classes:
             logger.info("%s: labels of classes learned before are used: %s", where, ", ".join(new.old_classes))
         labels, table = final_labels(schedule, step, {}), step_table(schedule, step)
-        voxels = {case.name: _voxels(case, scans) for case in cases[step]}
+        voxels = {case.name: _voxels(case, scans[case.label]) for case in cases[step]}
         declared = bool(schedule.unlabelled if new.dataset is None else new.unlabelled)
         for name in _labelled_classes(schedule, step):
             value = labels[name]

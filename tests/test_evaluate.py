@@ -82,6 +82,31 @@ def test_a_distance_that_does_not_exist_is_left_out_while_dice_and_nsd_are_zero(
     assert np.isnan(score_matrix(chain, variant, "all", "hd95_mm")).all()
 
 
+def test_an_organ_that_no_test_subject_has_is_not_scored_also_where_it_is_invented(chain):
+    """Else the method that invents it has a mean that the one that does not has not."""
+    for method, ball, blob, why in (("pgcd", 0.9, MISSED, "invented"), ("finetune", 0.7, None, "both_empty")):
+        score(chain, method, 0, 1, {"a": {"ball": 0.8}, "b": {"ball": 0.8}})
+        given = {"a": {"ball": ball, "blob": blob}, "b": {"ball": ball, "blob": None}}
+        score(chain, method, 0, 2, given, absent={"a": {"blob": why}, "b": {"blob": "both_empty"}})
+    variants = [chain.variant(method, 0) for method in ("pgcd", "finetune")]
+    rows = {row.method: row for row in collect_scores(chain, variants)[1]}
+    np.testing.assert_allclose(rows["pgcd"].dice, [[0.8, NAN], [0.9, NAN]])
+    np.testing.assert_allclose(rows["finetune"].dice, [[0.8, NAN], [0.7, NAN]])
+    assert rows["pgcd"].final.invented == 1, "it is counted"
+    assert subject_scores(chain, variants)["pgcd"][0, "all"]["a"] == {"ball": 0.9, "blob": None}
+
+
+def test_a_site_without_an_organ_has_no_score_of_it(chain):
+    chain.schedule = replace(chain.schedule, test=chain.schedule.test * 2)
+    write_test_json(chain, {"a": 0, "b": 1})
+    given = {"a": {"ball": 0.9, "blob": 0.6}, "b": {"ball": 0.7, "blob": MISSED}}
+    score(chain, "pgcd", 0, 2, given, absent={"b": {"blob": "invented"}})
+    (run,) = collect_scores(chain, [chain.variant("pgcd", 0)])[0]["runs"]
+    by_set = [each["dice"][-1] for each in run["by_test_set"]]
+    assert by_set == [[0.9, 0.6], [0.7, None]]
+    assert run["dice"][-1] == pytest.approx([0.8, 0.3]), "of all subjects it is 0 in one, as some have it"
+
+
 def test_a_seed_that_has_not_come_as_far_is_not_mixed_into_the_row(chain):
     for seed, ball in ((0, 0.9), (1, 0.3), (2, 0.4)):
         score(chain, "pgcd", seed, 1, {"a": {"ball": ball}})

@@ -266,6 +266,26 @@ def test_voxels_that_are_not_finite_are_refused(nnunet_folders, tmp_path, value)
     assert "imagesTr/case_0_0000.nrrd: got voxels that are not finite (NaN or infinite), expected numbers" in found
 
 
+@pytest.mark.parametrize("ending", [".nrrd", ".nii.gz"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_labels_that_are_not_finite_are_refused(nnunet_folders, tmp_path, ending, value):
+    folder = write_tiny_dataset(tmp_path / "source", n_cases=2)
+    if ending == ".nrrd":
+        as_nrrd(folder)
+    rewrite(folder / "labelsTr" / f"case_0{ending}", lambda array: set_voxel(value)(array.astype(np.float32)))
+    found = refusal(load_schedule(write_schedule(tmp_path / "schedule.yaml", folder)), nnunet_folders)
+    assert f"labelsTr/case_0{ending}: got voxels that are not finite (NaN or infinite), expected numbers" in found
+
+
+def test_a_class_that_no_test_subject_has_is_warned_of(source, nnunet_folders, tmp_path, caplog):
+    folder = copied(source, tmp_path)
+    rewrite(folder / "labelsTr" / "case_3.nii.gz", lambda array: array * (array != 2))
+    chain = Chain.open(load_schedule(write_schedule(tmp_path / "schedule.yaml", folder)))
+    write_test_set(chain)
+    (warning,) = [message for message in caplog.messages if "test: got no voxel" in message]
+    assert "got no voxel of 'blob' in the labels of its 1 subjects, so it is not scored" in warning
+
+
 @pytest.mark.parametrize("name", ["imagesTr/case_0_0000.nii.gz", "labelsTr/case_0.nii.gz"])
 def test_truncated_file_is_refused(tmp_path, name):
     folder = write_tiny_dataset(tmp_path / "source", n_cases=3)

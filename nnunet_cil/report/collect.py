@@ -26,6 +26,7 @@ from nnunet_cil.evaluate import (
     predict_line,
     scored_as,
     scored_folds,
+    shown_scores,
 )
 from nnunet_cil.guard import GUARD_FILE, Check, checks_of, place_of
 from nnunet_cil.prototypes import PrototypeStore
@@ -389,7 +390,7 @@ def _model(chain: Chain, owner: Variant, step: int | str, fold: int | str, probl
         fold=fold,
         step=step,
         trained=chain.trained(owner, step, fold),
-        scores=evaluation.get("scores"),
+        scores=shown_scores(evaluation) if evaluation else None,
         checkpoint_sha256=hashes[0],
         test_sha256=hashes[1],
         predictions=predictions if evaluation and predictions.is_dir() else None,
