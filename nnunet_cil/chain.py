@@ -139,17 +139,20 @@ class Chain:
         return chain
 
     @contextmanager
-    def locked(self, part: str = "") -> Iterator[None]:
+    def locked(self, part: str = "", however_long: bool = False) -> Iterator[None]:
         """Keep other processes off this chain, or off a named part of it, which is a lock of its own and waited for.
 
         The lock goes with the process, however it ends.
 
+        Args:
+            however_long: wait for a part until it is free, and not ``PATIENCE_SECONDS`` alone.
+
         Raises:
-            RuntimeError: another process has it; a part also after ``PATIENCE_SECONDS``.
+            RuntimeError: another process has it; a part also after that time.
         """
         path = self._lock_file(part)
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path, timeout=PATIENCE_SECONDS if part else 0)
+        lock = FileLock(path, timeout=0 if not part else -1 if however_long else PATIENCE_SECONDS)
         try:
             lock.acquire()
         except Timeout as error:

@@ -44,7 +44,7 @@ from nnunet_cil.report.figures import plot_mean_dice
 from nnunet_cil.report.paired import paired_table
 from nnunet_cil.report.table import marked, score_table
 from nnunet_cil.report.words import fate_of_old
-from nnunet_cil.schedule import ABLATIONS, Schedule, in_effect, load_schedule
+from nnunet_cil.schedule import ABLATIONS, Schedule, in_effect
 from nnunet_cil.step_files import write_json
 
 logger = logging.getLogger(__name__)
@@ -151,8 +151,7 @@ def _complete(
             _train(chain, variant, step, fold, label)
         if device_of(chain.schedule).type == "cuda" and not _is_done(chain, variant, step, fold):
             # what a process has taken of a GPU it keeps until it ends, and the next training needs all of it
-            file = chain.schedule.file.absolute()
-            check = in_own_process(judge_model, file, variant.method, variant.seed, step, fold)
+            check = in_own_process(judge_model, chain.schedule, variant.method, variant.seed, step, fold)
         else:
             check = _judge(chain, variant, step, fold)
     if chain.schedule.test:
@@ -161,13 +160,9 @@ def _complete(
         _stop(chain, variant, check)
 
 
-def judge_model(file: Path, method: str, seed: int | None, step: int | str, fold: int | str) -> Check | None:
-    """Score a trained model and compare it with the step before, as a process of its own does it.
-
-    Args:
-        file: the schedule.
-    """
-    chain = Chain.open(load_schedule(file))
+def judge_model(schedule: Schedule, method: str, seed: int | None, step: int | str, fold: int | str) -> Check | None:
+    """Score a trained model and compare it with the step before, as a process of its own does it."""
+    chain = Chain.open(schedule)
     return _judge(chain, chain.variant(method, seed), step, fold)
 
 
@@ -178,7 +173,8 @@ def _judge(chain: Chain, variant: Variant, step: int | str, fold: int | str) -> 
         if chain.schedule.test:
             evaluate_model(chain, variant, step, fold, device)
             if _has_ensemble(chain, variant, step):
-                with chain.locked(_name(chain, variant, step, ENSEMBLE)):
+                # jobs of several folds come here at once: the others wait for the first, however long it predicts
+                with chain.locked(_name(chain, variant, step, ENSEMBLE), however_long=True):
                     evaluate_model(chain, variant, step, ENSEMBLE, device)
         return check_step(chain, variant, step, fold, device)
 
@@ -211,13 +207,12 @@ def _task(
     before = None
     if step not in (1, JOINT):
         before = _name(chain, chain.owner(variant, int(step) - 1), int(step) - 1, fold)
-    file = chain.schedule.file.absolute()
-    work = partial(work_on, file, variant.method, variant.seed, step, fold, tuple(methods), tuple(seeds))
+    work = partial(work_on, chain.schedule, variant.method, variant.seed, step, fold, tuple(methods), tuple(seeds))
     return Task(_name(chain, variant, step, fold), before, work, partial(_is_done, chain, variant, step, fold))
 
 
 def work_on(
-    file: Path,
+    schedule: Schedule,
     method: str,
     seed: int | None,
     step: int | str,
@@ -228,10 +223,10 @@ def work_on(
     """What one job does: complete one training of a prepared chain and write the results of all that are there.
 
     Args:
-        file: the schedule.
+        schedule: as it was when the job was made; the file may have been changed since, for another chain.
         methods: of the whole run, as `seeds`.
     """
-    chain = Chain.open(load_schedule(file))
+    chain = Chain.open(schedule)
     variant = chain.variant(method, seed)
     _check_device(chain, [(variant, step, fold)])
     _say_how(chain.schedule)

@@ -231,7 +231,8 @@ def _run_here(chain: Chain, todo: Mapping[str, Task]) -> None:
     def end(name: str) -> None:
         job, place = running.pop(name)
         free.append(place)
-        if todo[name].is_done():
+        # by its end: an ensemble that another fold's training has just made due is that job's
+        if job.exception() is None or todo[name].is_done():
             logger.info("%s: done", name)
             graph.done(name)
             return

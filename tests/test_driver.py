@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -17,6 +18,7 @@ import torch
 from nnunet_cil import driver
 from nnunet_cil.block import StepBlock
 from nnunet_cil.chain import Chain
+from nnunet_cil.evaluate import ENSEMBLE
 from nnunet_cil.objectives.pgcd import PGCD
 from nnunet_cil.objectives.replay import Replay
 from nnunet_cil.schedule import ABLATIONS, Training, load_schedule
@@ -212,7 +214,7 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_written(
     assert len(driver.prepare(schedule, [], [])) == 2, "another machine may train it"
     assert "waiting" in driver.run(schedule, [], [], "slurm")
     with pytest.raises(ValueError, match=message):
-        driver.work_on(path, "pgcd", 0, 1, "all", (), ())
+        driver.work_on(schedule, "pgcd", 0, 1, "all", (), ())
     monkeypatch.setattr(Chain, "trained", lambda *_: True)
     monkeypatch.setattr(driver, "is_scored", lambda *_: False)
     with pytest.raises(ValueError, match=message):
@@ -220,3 +222,39 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_written(
     monkeypatch.setattr(driver, "_is_done", lambda *_: True)
     monkeypatch.setattr(driver, "_run", lambda *_: "the table")
     assert driver.run(schedule, [], []) == "the table", "nothing is left to do"
+
+
+@pytest.fixture
+def two_folds(nnunet_folders, tmp_path, monkeypatch) -> Chain:
+    """A chain of two folds, all of it trained; nothing is predicted or compared."""
+    path = write_schedule(tmp_path / "s.yaml", write_tiny_dataset(tmp_path / "source", n_cases=7), fold="[0, 1]")
+    monkeypatch.setattr(Chain, "trained", lambda *_: True)
+    monkeypatch.setattr(driver, "check_step", lambda *_: None)
+    return Chain.open(load_schedule(path))
+
+
+def test_a_fold_waits_for_the_ensemble_that_the_job_of_another_one_predicts(two_folds, monkeypatch):
+    """Folds end at the same time, and an ensemble is predicted for longer than other locks are waited for."""
+    variant, scored = two_folds.variant("pgcd", 0), []
+    monkeypatch.setattr("nnunet_cil.chain.PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(driver, "evaluate_model", lambda chain, variant, step, fold, device: scored.append(fold))
+    job = threading.Thread(target=driver._judge, args=(two_folds, variant, 1, 0))
+    with Chain.open(two_folds.schedule).locked(driver._name(two_folds, variant, 1, ENSEMBLE)):
+        job.start()
+        job.join(1)
+        assert job.is_alive()
+        assert scored == [0]
+    job.join(30)
+    assert scored == [0, ENSEMBLE]
+
+
+def test_a_schedule_that_is_edited_during_a_run_changes_nothing_in_it(two_folds, monkeypatch):
+    """The process that scores on CUDA, and jobs, have the schedule that the run began with."""
+    file = two_folds.schedule.file
+    scored = []
+    monkeypatch.setattr(driver, "evaluate_model", lambda chain, *_: scored.append(chain.schedule.name))
+    schedule = pickle.loads(pickle.dumps(two_folds.schedule))
+    file.write_text(file.read_text().replace("name: tiny", "name: next"))
+    driver.judge_model(schedule, "pgcd", 0, 1, 0)
+    assert set(scored) == {"tiny"}
+    assert [path.name for path in two_folds.folder.parent.glob("chain_*")] == ["chain_tiny"]

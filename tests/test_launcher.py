@@ -12,6 +12,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -105,6 +106,13 @@ def test_local_jobs_keep_their_order_and_what_failed_is_tried_again(open_chain, 
     assert trainings.begun[3:] == ["two", "three"]
     monkeypatch.setattr(launcher, "_run_here", None)
     assert launch(chain, tasks, "local") == [], "nothing is left to start"
+
+
+def test_a_job_that_ended_well_has_not_failed_for_what_another_one_made_due_meanwhile(open_chain, trainings):
+    """An ensemble, where the last of its folds has just been trained: it is of that fold's job."""
+    first = replace(trainings.task("fold_0"), is_done=lambda: False)
+    assert launch(open_chain(), [first, trainings.task("step_2", "fold_0")], "local") == []
+    assert trainings.begun == ["fold_0", "step_2"]
 
 
 def test_an_interrupt_ends_the_jobs_and_leaves_them_to_be_started_again(open_chain, trainings):
