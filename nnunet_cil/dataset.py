@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -77,6 +78,18 @@ def _write_case(case: Case, name: str, images: Path, labels: Path, ending: str, 
     nnunet_api.check_written(label, reader)
 
 
+def _relink(images: Path, cases: Mapping[str, Case], ending: str) -> None:
+    """Lead links whose images were moved, or whose chain was copied elsewhere, to where the schedule finds them now."""
+    for name, case in cases.items() if images.is_dir() else ():
+        for channel, image in enumerate(case.images):
+            link = images / f"{name}_{channel:04d}{ending}"
+            if link.is_symlink() and not link.exists() and image.is_file():
+                anew = link.with_name(f".{link.name}.part")
+                anew.unlink(missing_ok=True)
+                nnunet_api.link_or_copy(image, anew, symbolic=True)
+                os.replace(anew, link)
+
+
 def write_raw(chain: Chain, step: int | str, cases: Sequence[Case], labels: Mapping[str, int], source: Path) -> None:
     """Write a step's raw dataset: linked images, relabelled labels; whole or not at all. An existing one is kept."""
     folder = chain.raw(step)
@@ -110,6 +123,9 @@ def write_test_set(chain: Chain, tested: Mapping[str, Scan] | None = None) -> No
     """
     folder = chain.folder / "test"
     schedule = chain.schedule
+    if schedule.test:
+        ending = dataset_json_of(first_source(schedule))["file_ending"]
+        _relink(folder / "images", {name: case for name, (_, case) in held_out_cases(schedule).items()}, ending)
     if test_set_is_written(chain):
         return
     tested = tested or scan_test_set(schedule)
@@ -194,8 +210,10 @@ def prepare_chain(chain: Chain, variants: Sequence[Variant]) -> None:
     _check_sources_are_there(chain, steps)
     _check_test_of_forgotten(chain)
     cases = {step: joint_cases(schedule) if step == JOINT else step_cases(schedule, int(step)) for step in steps}
+    ending = dataset_json_of(first_source(schedule))["file_ending"]
     for step in steps:
         _check_same_cases(chain, step, cases[step])
+        _relink(chain.raw(step) / "imagesTr", {case.name: case for case in cases[step]}, ending)
     tested = {} if test_set_is_written(chain) else scan_test_set(schedule)
     if not all(is_prepared(chain, step) for step in steps):
         if schedule.source is not None:
@@ -277,7 +295,9 @@ def _check_same_cases(chain: Chain, step: int | str, cases: Sequence[Case]) -> N
     folder = chain.raw(step)
     if not folder.is_dir():
         return
-    before, now = set(nnunet_api.training_cases(folder)), {case.name for case in cases}
+    ending = dataset_json_of(folder)["file_ending"]
+    before = {path.name.removesuffix(ending) for path in (folder / "labelsTr").iterdir()}
+    now = {case.name for case in cases}
     if before != now:
         raise ValueError(
             f"{folder}: got a dataset that trains on {sorted(before - now)} and not on {sorted(now - before)}, "

@@ -366,6 +366,27 @@ def test_removed_file_is_restored_as_the_message_of_check_step_files_promises(pr
         victim.write_bytes(content)
 
 
+def test_images_that_were_moved_are_linked_anew(source, nnunet_folders, tmp_path, monkeypatch):
+    """As on another disk, or of a chain that was copied to another machine: links there are symbolic."""
+
+    def no_hard_links(*_):
+        raise OSError
+
+    monkeypatch.setattr(os, "link", no_hard_links)
+    (tmp_path / "here").mkdir()
+    copied(source, tmp_path / "here")
+    write_schedule(tmp_path / "here" / "schedule.yaml", Path("source"))
+    chain = Chain.open(load_schedule(tmp_path / "here" / "schedule.yaml"))
+    prepare_chain(chain, variants_of(chain))
+    linked = [*nnunet_folders["nnUNet_raw"].glob("*/imagesTr/*"), *chain.folder.glob("test/images/*")]
+    assert len(linked) == 3 * 3 + 1
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert not any(path.exists() for path in linked)
+    moved = Chain.open(load_schedule(tmp_path / "there" / "schedule.yaml"))
+    prepare_chain(moved, variants_of(moved))
+    assert all(path.resolve().is_relative_to(tmp_path / "there") and path.is_file() for path in linked)
+
+
 def test_changed_test_set_is_written_anew(source, nnunet_folders, tmp_path):
     write_test_set(Chain.open(cut(source, tmp_path, test="test: [case_3]")))
     chain = Chain.open(cut(source, tmp_path, test="test: [case_2]"))

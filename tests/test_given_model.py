@@ -455,6 +455,13 @@ def test_extend_writes_a_schedule_and_never_over_another(first, tmp_path, monkey
     assert load_schedule(tmp_path / "extended.yaml").training.epochs == schedule.training.epochs
 
 
+def test_one_label_for_two_classes_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["extend", str(tmp_path), "--with", "new", "--classes", "pancreas=1", "duodenum=1"]) == 1
+    assert "--classes: got the label 1 for pancreas and for duodenum, expected one class." in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(("given", "meant"), [("4=left_kidney", "left_kidney=4"), ("4", "NAME=4")])
 def test_exchanged_sides_of_a_class_are_refused(tmp_path, monkeypatch, capsys, given, meant):
     monkeypatch.chdir(tmp_path)

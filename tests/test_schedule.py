@@ -265,6 +265,25 @@ def test_cases_of_a_dataset_that_lists_its_files_may_lack_labels(raw, tmp_path):
     assert load(tmp_path, {**BASE, "source": 3, "unlabelled": "lacking.json"}).unlabelled == {"c1": ("liver",)}
 
 
+def test_what_steps_declare_of_one_dataset_holds_together_for_its_test_subjects_however_it_is_named(raw, tmp_path):
+    for name, rows in (("a.csv", "s1,liver\ns2,liver"), ("b.csv", "s1,spleen")):
+        (tmp_path / name).write_text(f"case,class\n{rows}\n")
+    (tmp_path / "link").symlink_to(raw / "Dataset001_Organs")
+    steps = [
+        {"dataset": 1, "classes": ["liver"], "unlabelled": "a.csv"},
+        {"dataset": str(raw / "Dataset001_Organs"), "classes": ["spleen"], "unlabelled": "b.csv"},
+    ]
+    test = {"dataset": "link", "subjects": ["s1", "s2"]}
+    schedule = load(tmp_path, {"name": "chain", "steps": steps, "test": test})
+    assert schedule.test[0].unlabelled == {"s1": ("liver", "spleen"), "s2": ("liver",)}
+
+
+def test_a_label_that_is_given_by_number_and_by_name_is_refused(raw, tmp_path):
+    steps = [{"dataset": 1, "classes": {1: "hepar", "liver": "organ"}}]
+    line = only_problem(tmp_path, {"name": "chain", "steps": steps})
+    assert "got the label liver twice, by number and by name, expected each label once" in line
+
+
 def test_what_is_unlabelled_is_compared_by_its_content(raw, tmp_path):
     found = []
     for text in (LACKING, "case,class\ns2,right_kidney\ns1,spleen\ns1,liver\n", "case,class\ns1,liver\n"):

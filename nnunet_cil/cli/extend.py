@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from nnunet_cil.cli.common import add_launcher_argument
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         "name": args.name,
         "model": str(_model(args)),
         **({} if args.model_fold is None else {"model_fold": _fold(args.model_fold)}),
-        "steps": [{"dataset": _dataset(args.dataset), "classes": dict(map(_class, args.classes))}],
+        "steps": [{"dataset": _dataset(args.dataset), "classes": _classes(args.classes)}],
         "fold": folds if len(folds) > 1 else folds[0],
         "device": args.device,
     }
@@ -119,6 +120,20 @@ def _dataset(value: str) -> str | int:
     if value.isdigit():
         return int(value)
     return str(Path(value).absolute()) if Path(value).is_dir() else value
+
+
+def _classes(given: Sequence[str]) -> dict[str | int, str]:
+    """Own label -> class.
+
+    Raises:
+        ValueError: a label is given twice, or as of `_class`.
+    """
+    classes: dict[str | int, str] = {}
+    for text in given:
+        own, name = _class(text)
+        if classes.setdefault(own, name) != name:
+            raise ValueError(f"--classes: got the label {own} for {classes[own]} and for {name}, expected one class.")
+    return classes
 
 
 def _class(text: str) -> tuple[str | int, str]:

@@ -95,8 +95,8 @@ def _test_set(
     _check_targets(reading, class_map, classes)
     if subjects is not None:
         subjects = _subjects(reading, "test", subjects, folder / f"images{part}", folder)
-    if unlabelled_file is None and folder in declared:
-        unlabelled = declared[folder]
+    if unlabelled_file is None and folder.resolve() in declared:
+        unlabelled = declared[folder.resolve()]
     else:
         unlabelled = unlabelled_of(reading, "test: unlabelled", unlabelled_file, folder)
     images, labels = folder / f"images{part}", folder / f"labels{part}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,13 +120,24 @@ def _schedule(reading: Reading) -> Schedule:
     _check_channels(reading, values["intensity"], values["source"], values["steps"])
     if values["device"] in ("cpu", "mps") and values["training"].amp == "float16":
         reading.problem("training: amp", f"float16 with device: {values['device']}", "auto, bfloat16 or off")
-    declared = {step.dataset: step.unlabelled for step in own} | {values["source"]: values["unlabelled"]}
+    declared = _declared([(step.dataset, step.unlabelled) for step in own] + [(values["source"], values["unlabelled"])])
     values["test"], values["train_subjects"] = test_sets_of(
         reading, raw.get("test"), values["source"], values["steps"], declared
     )
     if reading.problems:
         raise ScheduleError("\n".join(reading.problems))
     return Schedule(file=reading.file, raw=raw, **values)
+
+
+def _declared(unlabelled: Sequence[tuple[Path | None, Mapping[str, tuple[str, ...]]]]) -> dict[Path, Any]:
+    """Dataset, by its real path -> labels that its cases lack, which steps of the same dataset declare together."""
+    found: dict[Path, dict[str, tuple[str, ...]]] = {}
+    for folder, cases in unlabelled:
+        if folder is not None:
+            known = found.setdefault(folder.resolve(), {})
+            for case, names in cases.items():
+                known[case] = tuple(dict.fromkeys((*known.get(case, ()), *names)))
+    return found
 
 
 def _check_components(reading: Reading, values: Mapping[str, Any]) -> None:

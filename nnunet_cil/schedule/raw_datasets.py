@@ -106,7 +106,11 @@ def class_map_of(reading: Reading, key: str, value: Any, folder: Path | None) ->
             known = ", ".join(f"{number} {name}" for number, name in names.items() if name not in RESERVED)
             reading.problem(key, f"the label {', '.join(map(str, unknown))}", f"one of {known}")
             return None
-        value = {names[own] if is_int(own) else own: name for own, name in value.items()}
+        owns = [names[own] if is_int(own) else own for own in value]
+        if twice := sorted({str(own) for own in owns if owns.count(own) > 1}):
+            reading.problem(key, f"the label {', '.join(twice)} twice, by number and by name", "each label once")
+            return None
+        value = dict(zip(owns, value.values(), strict=True))
     if isinstance(value, list):
         names = class_names_of(reading, key, value)
         if names is not None and len(set(names)) != len(names):
