@@ -22,6 +22,7 @@ from nnunet_cil.losses.chunked import chunks
 from nnunet_cil.losses.distillation import at_least_float32
 
 TARGET_CONFIDENCE = 0.9
+TEMPERATURES = (1e-3, 10.0)
 FALLBACK_TEMPERATURE = 0.1
 MAX_BYTES = 100_000_000  # of stored prototypes
 
@@ -146,6 +147,7 @@ class PrototypeStore:
         feature_path: module whose output was pooled.
         in_one_piece: names of the classes that were so in all labels of the step that learned them, see
             ``pseudo_labels.in_one_piece``.
+        of_bare_labels: taken with a later step's own labels alone, where old organs are background: no teacher's.
     """
 
     class_names: tuple[str, ...]
@@ -159,6 +161,7 @@ class PrototypeStore:
     checkpoint_sha256: str
     feature_path: str
     in_one_piece: tuple[str, ...] = ()
+    of_bare_labels: bool = False
 
     @property
     def usable(self) -> np.ndarray:
@@ -198,6 +201,7 @@ class PrototypeStore:
                 checkpoint_sha256=str(raw["checkpoint_sha256"]),
                 feature_path=str(raw["feature_path"]),
                 in_one_piece=tuple(str(name) for name in raw.get("in_one_piece", ())),
+                of_bare_labels=bool(raw.get("of_bare_labels", False)),
             )
         except Exception as error:  # a damaged file makes zipfile and numpy raise a dozen kinds
             raise ValueError(
@@ -363,8 +367,8 @@ def choose_temperature(
         target: between 1 / K and 1.
 
     Returns:
-        Between 1e-3 and 10, the nearer bound where the target is out of reach; 0.1 with fewer than two usable classes
-        or without samples.
+        Between 1e-3 and 10; 10, where all assignments are about equal, if no temperature reaches the target, as most
+        voxels are nearest to another class's prototype; 0.1 with fewer than two usable classes or without samples.
     """
     usable = np.flatnonzero(np.isfinite(means).all(1))
     known = np.isin(labels, usable)
@@ -381,7 +385,10 @@ def choose_temperature(
         margins = (cosine - cosine[np.arange(len(own)), own][:, None]) / tau
         return float(np.median(1 / np.exp(np.minimum(margins, 700)).sum(1)))
 
-    low, high = np.log(1e-3), np.log(10.0)
+    sharpest, flattest = TEMPERATURES
+    if median_confidence(sharpest) <= target:
+        return flattest
+    low, high = np.log(sharpest), np.log(flattest)
     for _ in range(50):
         middle = (low + high) / 2
         low, high = (middle, high) if median_confidence(np.exp(middle)) > target else (low, middle)

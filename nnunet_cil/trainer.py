@@ -320,7 +320,12 @@ class IncrementalTrainer(nnUNetTrainer):
             cases = sorted(cases[i] for i in chosen[: self.block.settings["replay_cases"]])
             dataset = nnunet_api.preprocessed_dataset(folder, cases)
             n_then = 1 + sum(map(len, self.block.classes[:step]))
-            cache = self._make_pseudo_labels(cases, dataset, {"of": kept_cases_of(step), "ignored_from": n_then})
+            own = tuple(range(n_then - len(self.block.classes[step - 1]), n_then))
+            labelled = (read_step_file(root / model.parts[0]) or {}).get("labelled", {})
+            # what its own labels know of is no matter of opinion
+            ruled_out = {case: tuple(labelled.get(case, own)) for case in cases}
+            what = {"of": kept_cases_of(step), "ignored_from": n_then}
+            cache = self._make_pseudo_labels(cases, dataset, what, ruled_out)
             kept[f"step{step}"] = PseudoLabelDataset(dataset, cache)
             listing[f"step{step}"] = cases
             n_bytes += sum(path.stat().st_size for case in cases for path in nnunet_api.case_files(folder, case))
@@ -347,7 +352,12 @@ class IncrementalTrainer(nnUNetTrainer):
         )
 
     def _make_pseudo_labels(
-        self, cases: list[str], kept: Any = None, what: Mapping[str, Any] | None = None, training: Sequence[str] = ()
+        self,
+        cases: list[str],
+        kept: Any = None,
+        what: Mapping[str, Any] | None = None,
+        ruled_out: Mapping[str, Sequence[int]] | None = None,
+        training: Sequence[str] = (),
     ) -> PseudoLabelCache:
         """Pseudo-labels of the step's own cases, or of cases that are kept of an earlier one.
 
@@ -355,6 +365,7 @@ class IncrementalTrainer(nnUNetTrainer):
             cases: to make.
             kept: dataset of kept cases.
             what: what the cache's key says of these.
+            ruled_out: classes that a kept case's own labels hold.
             training: the training cases among them.
         """
         settings, block = self.block.settings, self.block
@@ -396,7 +407,7 @@ class IncrementalTrainer(nnUNetTrainer):
                 self.configuration_manager.patch_size,
                 self.label_manager.has_ignore_label,
                 self.print_to_log_file,
-                self._relabelled if kept is None else None,
+                self._relabelled if kept is None else ruled_out,
             )
         if self.is_ddp:
             dist.barrier()
@@ -440,8 +451,12 @@ class IncrementalTrainer(nnUNetTrainer):
     def _build_objective(self, training) -> None:
         block = self.block
         prototypes = self.teacher.prototypes
-        if self.objective_class.uses_prototypes and prototypes is None:
-            self.print_to_log_file("The teacher has no prototypes.npz: taking its confident predictions on this step.")
+        are_missing = prototypes is None or (prototypes.of_bare_labels and self._cache is not None)
+        if self.objective_class.uses_prototypes and are_missing:
+            self.print_to_log_file(
+                "The teacher has no prototypes.npz, or one of a method that does not tell old organs from background: "
+                "taking its confident predictions on this step."
+            )
             prototypes = self._extract(self.teacher.network, training, block.n_old, self.teacher.sha256, None)
         self.objective = self.objective_class(block.n_old, block.n_classes, block.settings, prototypes).to(self.device)
         if self._cache is not None and self.objective.uses_pseudo_labels:
@@ -753,7 +768,8 @@ class IncrementalTrainer(nnUNetTrainer):
         training, _ = nnUNetTrainer.get_tr_and_val_datasets(self)
         previous = None if self.teacher is None else self.teacher.prototypes
         pieces = self._in_one_piece(training, () if previous is None else previous.in_one_piece)
-        if self._cache is not None and self.objective_class.uses_pseudo_labels:
+        with_old_organs = self._cache is not None and self.objective_class.uses_pseudo_labels
+        if with_old_organs:
             training = PseudoLabelDataset(training, self._cache)
         self.set_deep_supervision_enabled(False)
         network = unwrap(self.network).eval()
@@ -761,7 +777,7 @@ class IncrementalTrainer(nnUNetTrainer):
         if self.local_rank == 0 and not self.disable_checkpointing:
             sha256 = sha256_of(Path(self.output_folder, CHECKPOINT))
         store = self._extract(network, training, self.block.n_classes, sha256, previous)
-        return replace(store, in_one_piece=pieces), sha256
+        return replace(store, in_one_piece=pieces, of_bare_labels=self.incremental and not with_old_organs), sha256
 
     def _in_one_piece(self, dataset, old: Sequence[str]) -> tuple[str, ...]:
         """Those of the old classes, and the new ones that are in one piece in each case whose own labels hold them."""

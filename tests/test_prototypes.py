@@ -344,10 +344,13 @@ def test_temperature_without_enough_to_choose_from():
     assert choose_temperature(np.zeros((0, 2)), np.zeros(0, int), means, np.zeros(2)) == 0.1
 
 
-def test_temperature_out_of_reach_is_at_a_bound():
+def test_where_prototypes_mislead_assignments_are_about_equal():
+    """The sharpest temperature would give nearly no weight to the right class, and turn distillation of it off."""
     means = np.array([[1.0, 0.0], [-1.0, 0.0]])
     wrong_side = choose_temperature(np.array([[-1.0, 0.0]]), np.array([0]), means, np.zeros(2))
-    assert wrong_side == pytest.approx(1e-3)
+    assert wrong_side == pytest.approx(10)
+    right_side = choose_temperature(np.array([[1.0, 0.0]]), np.array([0]), means, np.zeros(2))
+    assert 1e-3 < right_side < 10
 
 
 def test_transport_takes_centre_and_temperature_of_the_new_means():

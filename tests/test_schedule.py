@@ -403,8 +403,10 @@ BAD = {
     "method number": ({**BASE, "method": {"w_max": "3"}}, "method: w_max: got '3', expected a number"),
     "method stride": (
         {**BASE, "method": {"voxel_stride": 0}},
-        "method: voxel_stride: got 0, expected a number above 0",
+        "method: voxel_stride: got 0, expected a whole number from 1 on",
     ),
+    "no voxel": ({**BASE, "method": {"n_min": 0}}, "method: n_min: got 0, expected a whole number from 1 on"),
+    "no patch": ({**BASE, "method": {"ewc_patches": 0}}, "ewc_patches: got 0, expected a whole number from 1 on"),
     "method count": ({**BASE, "method": {"n_min": 2.5}}, "method: n_min: got 2.5, expected a whole number"),
     "method share": ({**BASE, "method": {"mu": 1.5}}, "method: mu: got 1.5, expected a number from 0 to 1"),
     "method switch": ({**BASE, "method": {"class_balance": 1}}, "class_balance: got 1, expected true or false"),

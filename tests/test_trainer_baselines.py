@@ -18,6 +18,7 @@ from nnunet_cil.objectives.pgcd import class_balance
 from nnunet_cil.objectives.plop import PLOP
 from nnunet_cil.pseudo_labels import kept_cases_of
 from nnunet_cil.step_files import write_json
+from nnunet_cil.teacher import load_teacher
 from tests.test_trainer import fold_of, make_chain, module_patch, train, trainer_of  # noqa: F401  (a fixture)
 
 METHODS = {
@@ -121,9 +122,10 @@ def test_replay_keeps_cases_of_every_earlier_step(chain, monkeypatch):
     monkeypatch.setitem(plans["cil"], "teacher", f"{second.parent.name}/{second.name}")
     trainer.block = replace(trainer.block, step=3, classes=(*trainer.block.classes, ("cube",)))
     monkeypatch.setitem(trainer.block.settings, "replay_cases", 2)
-    monkeypatch.setattr(trainer, "_make_pseudo_labels", lambda cases, kept, what: made.append(what))
+    monkeypatch.setattr(trainer, "_make_pseudo_labels", lambda cases, kept, *what: made.append(what))
     assert {step: len(data.identifiers) for step, data in trainer._kept_cases().items()} == {"step2": 2, "step1": 2}
-    assert made == [{"of": kept_cases_of(step), "ignored_from": step + 1} for step in (2, 1)]
+    assert [what for what, _ in made] == [{"of": kept_cases_of(step), "ignored_from": step + 1} for step in (2, 1)]
+    assert [set(ruled_out.values()) for _, ruled_out in made] == [{(2,)}, {(1,)}], "what each step's labels hold"
 
 
 def test_mib_trains_on_bare_labels_and_plop_on_its_own_pseudo_labels(chain):
@@ -135,6 +137,29 @@ def test_mib_trains_on_bare_labels_and_plop_on_its_own_pseudo_labels(chain):
         key = json.loads((trainer._cache.folder / "key.json").read_text(encoding="utf-8"))
         assert ("entropy" in key) == (rule is not None)
         assert ("tau_old" in key) == (rule is None)
+
+
+@pytest.mark.parametrize(("method", "bare"), [("mib", True), ("pseudo", False), ("pgcd", False)])
+def test_prototypes_say_whether_old_organs_were_background_in_their_labels(chain, method, bare):
+    trainer = trainer_of(chain, 2, method)
+    trainer.disable_checkpointing = True
+    trainer.on_train_start()
+    store, _ = trainer._final_prototypes()
+    assert store.of_bare_labels == bare
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_prototypes_of_a_teacher_that_took_old_organs_for_background_are_taken_anew(chain, monkeypatch, bare):
+    def loaded(*arguments):
+        teacher = load_teacher(*arguments)
+        return replace(teacher, prototypes=replace(teacher.prototypes, of_bare_labels=bare, tau=0.123))
+
+    monkeypatch.setattr("nnunet_cil.trainer.load_teacher", loaded)
+    trainer = trainer_of(chain, 2, "pgcd")
+    trainer.on_train_start()
+    log = next(Path(trainer.output_folder).glob("training_log_*.txt")).read_text(encoding="utf-8")
+    assert ("taking its confident predictions on this step" in log) == bare
+    assert (float(trainer.objective.tau) == pytest.approx(0.123)) != bare
 
 
 def dice_and_cross_entropy(logits: torch.Tensor, target: torch.Tensor, ignore: int, batch_dice: bool) -> torch.Tensor:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunet_cil import nnunet_api
 from nnunet_cil.chain import Chain
 from nnunet_cil.dataset import prepare_chain
 from nnunet_cil.driver import variants_of
@@ -32,7 +33,7 @@ SCHEDULE = {
     },
     "steps": [{"dataset": "one", "classes": ["ball"]}, {"dataset": "two", "classes": ["ball", "blob"]}],
 }
-METHODS = ("pgcd", "mib", "plop", *SCHEDULE["variants"])
+METHODS = ("pgcd", "mib", "plop", "replay", *SCHEDULE["variants"])
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,17 @@ def seen_by_loss(trainer, monkeypatch, step) -> list[torch.Tensor]:
         patch.setattr(trainer, "loss", lambda output, target: seen.append(output) or loss(output, target))
         step()
     return seen[0]
+
+
+def test_a_kept_scan_has_no_organ_of_its_own_step_but_where_its_labels_have_it(chain):
+    """Unless it lacks that label, as case_0 does: what the teacher sees there is all that is known of it."""
+    kept = started(chain, 2, "replay")._kept_cases()["step1"]
+    own = nnunet_api.preprocessed_dataset(chain.preprocessed(1) / "nnUNetPlans_3d_fullres")
+    assert list(kept.identifiers) == [f"case_{i}" for i in range(4)]
+    for case in kept.identifiers:
+        labels, found = (np.asarray(data.load_case(case)[1][:]) for data in (own, kept))
+        assert ((labels == 1).any(), (found == 1).all()) == (case != "case_0", case == "case_0")
+        assert case == "case_0" or np.array_equal(found == 1, labels == 1)
 
 
 @pytest.mark.parametrize(("step", "partial", "lacking"), [(1, "case_0", 1), (2, "case_2", 2)])

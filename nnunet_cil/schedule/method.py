@@ -43,6 +43,7 @@ METHOD_DEFAULTS: Mapping[str, Any] = {
     "ewc_patches": 50,
     "replay_cases": 4,
 }
+FROM_ONE = ("voxel_stride", "n_min", "ewc_patches")
 STORED_METHOD_DEFAULTS: Mapping[str, Any] = {**METHOD_DEFAULTS, "voxel_stride": 1, "one_piece": False}
 """What a key meant that a stored chain or model lacks: a version without it trained so."""
 METHOD_CHOICES = {
@@ -96,13 +97,15 @@ def method_of(reading: Reading, where: str, value: Any, base: Mapping[str, Any])
         elif isinstance(default, bool):
             if not isinstance(v, bool):
                 reading.problem(f"{where}: {key}", repr(v), "true or false")
-        elif isinstance(default, int) and not (is_int(v) and v >= 0):
-            reading.problem(f"{where}: {key}", repr(v), "a whole number from 0 on")
+        elif isinstance(default, int):
+            least = int(key in FROM_ONE)
+            if not (is_int(v) and v >= least):
+                reading.problem(f"{where}: {key}", repr(v), f"a whole number from {least} on")
         elif not is_float(v) or v < 0:
             reading.problem(f"{where}: {key}", repr(v), "a number from 0 on")
         elif key in ("mu", "tau_old", "tau_background") and v > 1:
             reading.problem(f"{where}: {key}", repr(v), "a number from 0 to 1")
-        elif key in ("lwf_temperature", "voxel_stride") and v == 0:
+        elif key == "lwf_temperature" and v == 0:
             reading.problem(f"{where}: {key}", repr(v), "a number above 0")
     method = {**base, **given}
     if method["class_balance"] is True and method["pseudo_labels"] != "offline":
