@@ -434,8 +434,7 @@ def _donors(chain: Chain, step: int | str, identifier: str) -> dict[str, Path]:
 def write_variant_plans(chain: Chain, variant: Variant) -> None:
     """Plans with the ``"cil"`` block for each step of a variant, written anew at each call."""
     steps: Sequence[int | str] = [JOINT] if variant.method == JOINT else chain.schedule.own_steps
-    for step in steps:
-        _check_same_settings(chain, variant, step)
+    check_same_settings(chain, [variant])
     for step in steps:
         owner = chain.owner(variant, step)
         name = chain.plans_name(owner)
@@ -444,8 +443,19 @@ def write_variant_plans(chain: Chain, variant: Variant) -> None:
         write_json(chain.preprocessed(step) / f"{name}.json", plans)
 
 
+def check_same_settings(chain: Chain, variants: Sequence[Variant]) -> None:
+    """Refuse settings that differ from those of a training which was begun: nothing of it may be shown under them.
+
+    Raises:
+        ValueError: some do.
+    """
+    for variant in variants:
+        for step in [JOINT] if variant.method == JOINT else chain.schedule.own_steps:
+            _check_same_settings(chain, variant, step)
+
+
 def _check_same_settings(chain: Chain, variant: Variant, step: int | str) -> None:
-    """Refuse settings that differ from those of a training which was begun.
+    """As `check_same_settings`, of one step.
 
     nnU-Net writes plans and dataset.json in place at each start of a training: half ones are nothing to compare with.
     """
@@ -453,9 +463,9 @@ def _check_same_settings(chain: Chain, variant: Variant, step: int | str) -> Non
     path = chain.model_folder(variant, step) / "plans.json"
     try:
         plans, dataset_json = read_json(path, "plans of nnU-Net"), dataset_json_of(path.parent)
-    except (FileNotFoundError, ValueError):
+        before = StepBlock.from_plans(plans, dataset_json).settings
+    except nnunet_api.UNREADABLE:
         return
-    before = StepBlock.from_plans(plans, dataset_json).settings
     now = block_of(chain, owner, step).settings
     if differing := [f"{k}: {before.get(k)} then, {now.get(k)} now" for k in now if before.get(k) != now.get(k)]:
         raise ValueError(

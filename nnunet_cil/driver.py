@@ -20,7 +20,7 @@ import torch
 from nnunet_cil import nnunet_api
 from nnunet_cil.advice import warn_before_planning
 from nnunet_cil.chain import JOINT, Chain, Variant, has_ablations, keeps_scans, method_of
-from nnunet_cil.dataset import block_of, prepare_chain, write_test_set
+from nnunet_cil.dataset import block_of, check_same_settings, prepare_chain, write_test_set
 from nnunet_cil.environment import trainer_path_variable
 from nnunet_cil.evaluate import (
     ENSEMBLE,
@@ -306,6 +306,7 @@ def write_report(
     if must_be_there and not set(variants) & set(there):
         asked, known = (", ".join(f"{v.method} with seed {v.seed}" for v in of) for of in (variants, there))
         raise ValueError(f"{chain.folder}: got nothing of {asked}, expected what was begun or scored: {known}.")
+    check_same_settings(chain, variants)
     return report_page.write_report(chain, variants)
 
 
@@ -323,6 +324,7 @@ def evaluate(schedule: Schedule, methods: Sequence[str], seeds: Sequence[int | N
     if not todo:
         raise ValueError(f"{chain.folder}: got no finished training, expected one. Start with `nnunet-cil run`.")
     _check_device(chain, todo)
+    check_same_settings(chain, variants)
     with chain.locked():
         write_test_set(chain)
         for variant, step, fold in todo:

@@ -90,8 +90,9 @@ def evaluate_model(chain: Chain, variant: Variant, step: int | str, fold: int | 
     What exists for checkpoint, test set and tolerance is kept; predictions that exist are kept also where it is not.
 
     Returns:
-        ``{"checkpoint_sha256", "test_sha256", "nsd_tolerance_mm", "method", "seed", "step", "fold", "parameters",
-        "scores": {case: {class: {"dice": 0..1, "hd95_mm": 0 or more, "nsd": 0..1}}}, "absent": {case: {class: why}}}``.
+        ``{"checkpoint_sha256", "test_sha256", "nsd_tolerance_mm", "method", "trainer", "seed", "step", "fold",
+        "parameters", "scores": {case: {class: {"dice": 0..1, "hd95_mm": 0 or more, "nsd": 0..1}}},
+        "absent": {case: {class: why}}}``.
         A score that does not exist is null and named in ``absent``, see ``surface_scores.absence``. A class that the
         subject's labels do not hold is left out.
 
@@ -130,6 +131,7 @@ def evaluate_model(chain: Chain, variant: Variant, step: int | str, fold: int | 
     content = {
         **key,
         "method": variant.method,
+        "trainer": chain.owner(variant, step).trainer,
         "seed": variant.seed,
         "step": step,
         "fold": fold,
@@ -283,13 +285,18 @@ def _steps(chain: Chain, variant: Variant) -> dict[int, int | str]:
 
 def _evaluations(chain: Chain, variant: Variant, fold: int | str) -> dict[int, dict[str, Any]]:
     """Row of the matrix -> what ``evaluate_model`` stored."""
-    wanted = scored_as(chain)
     found = {}
     for row, step in _steps(chain, variant).items():
         content = read_scores(evaluation_file(chain, variant, step, fold))
-        if content.items() >= wanted.items():
+        if counts_as_scored(chain, variant, step, content):
             found[row] = content
     return found
+
+
+def counts_as_scored(chain: Chain, variant: Variant, step: int | str, content: Mapping[str, Any]) -> bool:
+    """Whether what ``evaluate_model`` stored was taken as now, of this trainer's model; earlier versions name none."""
+    trainer = chain.owner(variant, step).trainer
+    return content.items() >= scored_as(chain).items() and content.get("trainer", trainer) == trainer
 
 
 def scored_as(chain: Chain) -> dict[str, Any]:

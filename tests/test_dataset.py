@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import SimpleITK
 
-from nnunet_cil import dataset, nnunet_api
+from nnunet_cil import dataset, driver, nnunet_api
 from nnunet_cil.block import BLOCK_KEY, StepBlock
 from nnunet_cil.cases import step_cases
 from nnunet_cil.chain import JOINT, Chain
 from nnunet_cil.dataset import prepare_chain, write_test_set
-from nnunet_cil.evaluate import scored_as
+from nnunet_cil.evaluate import evaluation_file, scored_as
 from nnunet_cil.schedule import load_schedule
 from nnunet_cil.step_files import STEP_FILE, check_step_files, read_step_file, write_json
 from tests.conftest import write_schedule, write_tiny_dataset
@@ -385,6 +385,26 @@ def test_images_that_were_moved_are_linked_anew(source, nnunet_folders, tmp_path
     moved = Chain.open(load_schedule(tmp_path / "there" / "schedule.yaml"))
     prepare_chain(moved, variants_of(moved))
     assert all(path.resolve().is_relative_to(tmp_path / "there") and path.is_file() for path in linked)
+
+
+def test_a_variant_that_was_changed_is_neither_trained_nor_shown(source, nnunet_folders, tmp_path):
+    def opened(strength: float) -> Chain:
+        extra = f"variants: {{strong: {{trainer: nnUNetTrainerPGCD, lambda_pgcd: {strength}}}}}"
+        return Chain.open(load_schedule(write_schedule(tmp_path / "schedule.yaml", source, extra=extra)))
+
+    chain = opened(3.0)
+    variant = chain.variant("strong", 0)
+    prepare_chain(chain, [variant])
+    model = chain.model_folder(variant, 2)
+    plans = read_json(chain.preprocessed(2) / f"{chain.plans_name(variant)}.json")
+    for name, content in (("plans", plans), ("dataset", read_json(chain.preprocessed(2) / "dataset.json"))):
+        write_json(model / f"{name}.json", content)
+    write_json(evaluation_file(chain, variant, 2, "all"), {**scored_as(chain), "scores": {}})
+    same, other = (opened(strength).schedule for strength in (3.0, 30.0))
+    assert driver.write_report(same, ["strong"], []).is_file()
+    for go_on in (driver.prepare, driver.write_report):
+        with pytest.raises(ValueError, match=r"strong: got other settings .*\n  lambda_pgcd: 3.0 then, 30.0 now\nGive"):
+            go_on(other, ["strong"], [])
 
 
 def test_changed_test_set_is_written_anew(source, nnunet_folders, tmp_path):

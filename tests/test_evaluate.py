@@ -107,6 +107,15 @@ def test_a_site_without_an_organ_has_no_score_of_it(chain):
     assert run["dice"][-1] == pytest.approx([0.8, 0.3]), "of all subjects it is 0 in one, as some have it"
 
 
+def test_scores_of_another_trainer_under_the_same_name_count_as_not_evaluated(chain):
+    variant = chain.variant("pgcd", 0)
+    score(chain, "pgcd", 0, 1, {"a": {"ball": 0.8}})
+    path = evaluation_file(chain, variant, 1, "all")
+    for trainer, counted in ((variant.trainer, True), ("nnUNetTrainerMiB", False)):
+        write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "trainer": trainer})
+        assert (collect_scores(chain, [variant])[1] != []) == counted
+
+
 def test_a_seed_that_has_not_come_as_far_is_not_mixed_into_the_row(chain):
     for seed, ball in ((0, 0.9), (1, 0.3), (2, 0.4)):
         score(chain, "pgcd", seed, 1, {"a": {"ball": ball}})

@@ -21,10 +21,10 @@ from nnunet_cil.evaluate import (
     check_scores,
     check_test,
     collect_scores,
+    counts_as_scored,
     evaluation_file,
     learned_at,
     predict_line,
-    scored_as,
     scored_folds,
     shown_scores,
 )
@@ -377,7 +377,7 @@ def _model(chain: Chain, owner: Variant, step: int | str, fold: int | str, probl
     folder = chain.model_folder(owner, step) / f"fold_{fold}"
     path = evaluation_file(chain, owner, step, fold)
     evaluation = _read_json(path, f"the scores of {title}", problems, check_scores)
-    if not evaluation.items() >= scored_as(chain).items():
+    if not counts_as_scored(chain, owner, step, evaluation):
         evaluation = {}  # as in evaluate.score_matrix: of another test set or tolerance, so to be scored again
     hashes = [str(evaluation.get(key, "")) for key in ("checkpoint_sha256", "test_sha256")]
     predictions = path.parent / "_".join(part[:16] for part in hashes)
