@@ -39,6 +39,8 @@ ONLY_PARSED = {  # by the first line of the block
     "nnunet-cil compare examples/hippocampus_long.yaml --methods pgcd pseudo_kd joint": "takes an hour",
     "nnunet-cil compare examples/chaos_2-2_long.yaml --methods pgcd pseudo_kd joint": "needs a public set, takes hours",
     "nnunet-cil compare examples/hippocampus_methods.yaml \\": "needs a public set, takes hours",
+    "nnunet-cil compare examples/chaos_1-1-1-1.yaml --methods pgcd pseudo_kd pseudo joint --seeds 0 1 2": "takes days",
+    "nnunet-cil compare examples/openkbp_3-2-2.yaml --methods pgcd pseudo_kd pseudo joint": "takes a day",
     "nnunet-cil ablate examples/chaos_ablation.yaml": "needs a public set, takes hours",
     "nnunet-cil compare abdomen.yaml --launcher slurm": "needs a Slurm: test_launcher.py starts one",
     "nnunet-cil run plans/btcv_4-4.yaml": "needs a public set, takes days; convert/test_plans.py loads the schedule",

@@ -69,7 +69,7 @@ def test_plan_fits_the_dataset_that_it_asks_for(tmp_path, nnunet_folders, plan, 
         ("word_4-4", [4, 4, 4, 4]),
         ("amos_ct_5-5", [5, 5, 5]),
         ("totalsegmentator_8-5", [8, 5]),
-        ("chaos_2-2", [2, 2]),
+        ("chaos_t2spir_2-2", [2, 2]),
     ],
 )
 def test_names_say_how_many_classes_a_step_learns(name, sizes):
