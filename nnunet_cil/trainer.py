@@ -488,7 +488,12 @@ class IncrementalTrainer(nnUNetTrainer):
         for each in statistics.values():
             each.reduce()
         unwrap(self.network).load_state_dict(imprint(self._anchor(), self.teacher.weights, statistics))
-        self.print_to_log_file("New rows of the head start from the prototypes of their classes.")
+        if any((each.counts > 0).all() for each in statistics.values()):
+            self.print_to_log_file("New rows of the head start from the prototypes of their classes.")
+        else:
+            self.print_to_log_file(
+                "New rows of the head start from the background's: no cases that lack no label show all new classes."
+            )
 
     def _anchor(self) -> dict[str, torch.Tensor]:
         """The student's state dict before its first iteration."""

@@ -148,6 +148,13 @@ def test_prototypes_say_whether_old_organs_were_background_in_their_labels(chain
     assert store.of_bare_labels == bare
 
 
+def said_by(trainer, monkeypatch) -> list[str]:
+    """What the trainer writes into its log from now on."""
+    said: list[str] = []
+    monkeypatch.setattr(trainer, "print_to_log_file", lambda *words, **_: said.extend(map(str, words)))
+    return said
+
+
 @pytest.mark.parametrize("bare", [False, True])
 def test_prototypes_of_a_teacher_that_took_old_organs_for_background_are_taken_anew(chain, monkeypatch, bare):
     def loaded(*arguments):
@@ -156,9 +163,9 @@ def test_prototypes_of_a_teacher_that_took_old_organs_for_background_are_taken_a
 
     monkeypatch.setattr("nnunet_cil.trainer.load_teacher", loaded)
     trainer = trainer_of(chain, 2, "pgcd")
+    said = said_by(trainer, monkeypatch)
     trainer.on_train_start()
-    log = next(Path(trainer.output_folder).glob("training_log_*.txt")).read_text(encoding="utf-8")
-    assert ("taking its confident predictions on this step" in log) == bare
+    assert ("taking its confident predictions on this step" in " ".join(said)) == bare
     assert (float(trainer.objective.tau) == pytest.approx(0.123)) != bare
 
 
@@ -259,6 +266,15 @@ def test_fisher_information_is_taken_at_random_places_of_all_cases(chain):
     firsts = [float(patch[0, 0, 0, 0, 0]) for patch in islice(trainer._patches(dataset), 8)]
     assert [first >= 100 for first in firsts] == [True, False] * 4
     assert len({first % 100 for first in firsts}) > 4
+
+
+def test_where_all_cases_lack_a_label_the_log_says_that_rows_start_from_background(chain, monkeypatch):
+    trainer = trainer_of(chain, 2, "pgcd")
+    lacking = {f"case_{i}": (2,) for i in range(5)}
+    monkeypatch.setattr(trainer, "_read_what_is_labelled", lambda: trainer._unlabelled.update(lacking))
+    said = said_by(trainer, monkeypatch)
+    trainer.on_train_start()
+    assert "New rows of the head start from the background's" in " ".join(said)
 
 
 def test_imprinted_rows_start_from_prototypes_and_a_resumed_run_keeps_its_own(chain):
