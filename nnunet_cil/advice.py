@@ -1,4 +1,4 @@
-"""What a schedule leaves out that cannot be made up for once its chain is planned."""
+"""What a schedule leaves out, of which its user should know before its chain is planned."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SIDE = re.compile(r"left|right|(?<![a-z0-9])[lr](?![a-z0-9])")
 
 
 def warn_before_planning(schedule: Schedule) -> None:
-    """Warn of a chain without a test set, and of classes that mirroring makes one of the other.
+    """Warn of no test set, of classes that mirroring makes one of the other, and of a given model's islands.
 
     Of classes that a given model has already nothing is said.
     """
@@ -34,6 +34,15 @@ def warn_before_planning(schedule: Schedule) -> None:
             "" if schedule.model is None else " that the model was trained with",
             *pair,
             [0] if schedule.configuration == "2d" else [0, 1],
+        )
+    model = schedule.model
+    if model is not None and schedule.method["one_piece"] == "auto" and not model.has_prototypes(schedule.folds[0]):
+        logger.warning(
+            "%s: method: one_piece: got auto, but the model does not say which of its organs are in one piece, so its "
+            "islands in pseudo-labels are believed. Name the organs that are, of %s: `method: {one_piece: [...]}` "
+            "keeps them better, most of all on scans of another site.",
+            schedule.file,
+            ", ".join(model.classes),
         )
 
 

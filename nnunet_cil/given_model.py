@@ -73,6 +73,11 @@ class GivenModel:
             f"extend`), or set `fold` (--fold) to folds that it has: --fold {folds} trains each from its own."
         )
 
+    def has_prototypes(self, fold: int | str) -> bool:
+        """Whether prototypes lie beside the checkpoint that teaches ``fold``; they also say what is in one piece."""
+        with _opened(self.path, f"{self.inner}fold_{self.fold_for(fold)}/{PROTOTYPE_FILE}") as file:
+            return file is not None
+
     def install(
         self, target: Path, folds: Sequence[int | str], check: Callable[[Path], Any] = lambda checkpoint: None
     ) -> None:

@@ -85,7 +85,8 @@ def test_what_a_given_model_learns_is_warned_of_and_what_it_has_is_not(warned, t
 
     def of(*classes: str, **changes) -> list[str]:
         steps = [{"dataset": 2, "classes": [*classes]}]
-        return warned({"source": None, "model": str(model), "steps": steps, **changes})[1:]
+        of_schedule = {"source": None, "model": str(model), "method": {"one_piece": False}, "steps": steps}
+        return warned(of_schedule | changes)[1:]
 
     assert of("kidney_l") == []
     (line,) = of("kidney_l", "kidney_r")
@@ -93,6 +94,19 @@ def test_what_a_given_model_learns_is_warned_of_and_what_it_has_is_not(warned, t
     assert "'kidney_l' looks like 'kidney_r'" in line
     assert "'eye_left' looks like 'eye_right'" in of("eye_right")[0], "one of them new"
     assert of("kidney_l", "kidney_r", mirror_axes=[0, 1]) == []
+
+
+@pytest.mark.parametrize("ours", [False, True])
+@pytest.mark.parametrize("one_piece", ["auto", True, ["liver"]])
+def test_a_model_that_does_not_say_what_is_in_one_piece_is_warned_of(warned, tmp_path, ours, one_piece):
+    model = write_model(tmp_path / "nnUNetTrainer__nnUNetPlans__3d_fullres")
+    if ours:
+        (model / "fold_all" / "prototypes.npz").touch()
+    write_raw(tmp_path / "raw" / "Dataset002_Pancreas", labels=("pancreas",))
+    steps = [{"dataset": 2, "classes": ["pancreas"]}]
+    found = warned({"source": None, "model": str(model), "method": {"one_piece": one_piece}, "steps": steps})[1:]
+    assert len(found) == (one_piece == "auto" and not ours)
+    assert all("Name the organs that are, of liver, spleen: `method: {one_piece: [...]}`" in line for line in found)
 
 
 def test_a_chain_is_warned_of_before_it_is_planned_and_not_again(nnunet_folders, tmp_path, monkeypatch, caplog):
