@@ -380,7 +380,7 @@ def test_each_fold_has_its_own_teacher_and_a_zip_of_all_folds_is_ensembled_and_e
     (tmp_path / "there").mkdir()
     move_away(tmp_path / "there", monkeypatch)
     with pytest.raises(
-        ScheduleError, match=r"fold: .*the folds \[0, 1\], expected fold 'all'.* or to several: --fold 0 1"
+        ScheduleError, match=r"fold: .*the folds \[0, 1\], expected fold 'all'.*model_fold: 0.* --fold 0 1 "
     ):
         opened(tmp_path / "there", archive)
     extended = opened(tmp_path / "there", archive, fold=[0, 1], training={"epochs": 1, "iterations_per_epoch": 1})
