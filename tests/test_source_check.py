@@ -268,6 +268,7 @@ def test_voxels_that_are_not_finite_are_refused(nnunet_folders, tmp_path, value)
 
 @pytest.mark.parametrize("ending", [".nrrd", ".nii.gz"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.faults("NaN label", "refused by name before anything is written, also where SimpleITK hides it", "nothing")
 def test_labels_that_are_not_finite_are_refused(nnunet_folders, tmp_path, ending, value):
     folder = write_tiny_dataset(tmp_path / "source", n_cases=2)
     if ending == ".nrrd":
