@@ -123,14 +123,15 @@ def write_test_set(chain: Chain, tested: Mapping[str, Scan] | None = None) -> No
     """
     folder = chain.folder / "test"
     schedule = chain.schedule
-    if schedule.test:
-        ending = dataset_json_of(first_source(schedule))["file_ending"]
-        _relink(folder / "images", {name: case for name, (_, case) in held_out_cases(schedule).items()}, ending)
+    if not schedule.test:
+        return
+    own, cases = dataset_json_of(first_source(schedule)), held_out_cases(schedule)
+    ending = own["file_ending"]
+    _relink(folder / "images", {name: case for name, (_, case) in cases.items()}, ending)
     if test_set_is_written(chain):
         return
     tested = tested or scan_test_set(schedule)
     check_test_set(schedule, tested)
-    own = dataset_json_of(first_source(schedule))
     for test in schedule.test:
         if test.dataset and (theirs := dataset_json_of(test.dataset)["channel_names"]) != own["channel_names"]:
             logger.warning(
@@ -140,8 +141,6 @@ def write_test_set(chain: Chain, tested: Mapping[str, Scan] | None = None) -> No
                 theirs,
                 own["channel_names"],
             )
-    ending = own["file_ending"]
-    cases = held_out_cases(schedule)
     ignore = final_labels(schedule, chain.n_steps, {"ignore": None})["ignore"]
     listing = {name: {**entry, "sha256": tested[name].digest} for name, entry in _listing(cases).items()}
     content = {"test": schedule.to_dict()["test"], "ignore": ignore, "file_ending": ending, "cases": listing}

@@ -43,7 +43,6 @@ METHOD_DEFAULTS: Mapping[str, Any] = {
     "ewc_patches": 50,
     "replay_cases": 4,
 }
-FROM_ONE = ("voxel_stride", "n_min", "ewc_patches")
 STORED_METHOD_DEFAULTS: Mapping[str, Any] = {**METHOD_DEFAULTS, "voxel_stride": 1, "one_piece": False}
 """What a key meant that a stored chain or model lacks: a version without it trained so."""
 METHOD_CHOICES = {
@@ -53,6 +52,7 @@ METHOD_CHOICES = {
     "calibration": ("prototypes", "uniform"),
     "new_rows": ("background", "prototypes"),
 }
+FROM_ONE = ("voxel_stride", "n_min", "ewc_patches")
 ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "no_spatial": {"pgcd_spatial": False},
     "no_channel": {"eta": 0.0},
