@@ -216,13 +216,20 @@ def main() -> None:
     parser.add_argument(
         "--classes", nargs="+", type=int, default=[2, 14, 105], help="foreground classes, one of them new"
     )
-    default = [STOCK, FLOOR, "finetune off", "pgcd off", "pgcd bfloat16"]
-    parser.add_argument("--contestants", nargs="+", default=default)
+    parser.add_argument("--contestants", nargs="+", help="by default with the precision of stock nnU-Net among them")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--no-memory", action="store_true", help="measure time only")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--only-memory", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    of_stock = "off" if args.device == "cpu" else "float16"
+    args.contestants = args.contestants or [
+        STOCK,
+        FLOOR,
+        f"finetune {of_stock}",
+        f"pgcd {of_stock}",
+        "pgcd bfloat16",
+    ]
     args.networks = args.networks or ["hippocampus", "chaos", "standard64" if args.device == "cpu" else "standard128"]
     with tempfile.TemporaryDirectory() as root:
         set_folders(Path(root))

@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from nnunet_cil.source_check import (
     check_test_set,
     scan_test_set,
     tell_of_labels,
+    voxels_of,
     warn_of_axes,
 )
 from nnunet_cil.step_files import STEP_FILE, count_whole_cases, read_step_file, whole_folder, write_json
@@ -41,6 +42,7 @@ from nnunet_cil.untrusted import dataset_json_of, read_json
 logger = logging.getLogger(__name__)
 
 FILES_FILE = "files.json"
+CASES_TO_LOOK_AT, CASES_OF_A_RARE_CLASS = 12, 3
 
 
 def _install_model(chain: Chain) -> None:
@@ -235,7 +237,7 @@ def prepare_chain(chain: Chain, variants: Sequence[Variant]) -> None:
             if not is_prepared(chain, step):
                 _plan(chain, step, cases[step], scans)
                 if step == schedule.own_steps[0]:
-                    _warn_of_clipping(chain, cases)
+                    _warn_of_clipping(chain, cases, scans)
                 _preprocess(chain, step, cases[step], scans)
     _install_model(chain)
     write_test_set(chain, tested)
@@ -378,12 +380,23 @@ def _plan_first_step(chain: Chain) -> None:
     chain.save()
 
 
-def _warn_of_clipping(chain: Chain, cases: Mapping[int | str, Sequence[Case]]) -> None:
+def _warn_of_clipping(chain: Chain, cases: Mapping[int | str, Sequence[Case]], scans: Mapping[Path, Scan]) -> None:
     for step in [step for step in chain.schedule.own_steps if step in cases]:
         labels = cumulative_labels([s.classes for s in chain.schedule.steps], step)
         names = {labels[name]: name for name in chain.schedule.steps[step - 1].classes}
         own = dataset_json_of(step_source(chain.schedule, step))
-        warn_of_clipping(base_plans(chain), chain.schedule.configuration, own, cases[step], names, step)
+        some = _that_show(names, cases[step], scans)
+        warn_of_clipping(base_plans(chain), chain.schedule.configuration, own, some, names, step)
+
+
+def _that_show(values: Iterable[int], cases: Sequence[Case], scans: Mapping[Path, Scan]) -> list[Case]:
+    """The first cases of a step, and of each class that none of them shows the first that do."""
+    chosen = list(cases[:CASES_TO_LOOK_AT])
+    for value in values:
+        showing = [case for case in cases if voxels_of(case, scans[case.label])[value]]
+        if not any(case in chosen for case in showing):
+            chosen += showing[:CASES_OF_A_RARE_CLASS]
+    return chosen
 
 
 def _preprocess(chain: Chain, step: int | str, cases: Sequence[Case], scans: Mapping[Path, Scan]) -> None:

@@ -36,7 +36,7 @@ from nnunet_cil.evaluate import (
 from nnunet_cil.gather import gather_scores
 from nnunet_cil.guard import Check, check_step, place_of, read_checks, stops
 from nnunet_cil.launcher import Task, check_launcher, job_states, launch
-from nnunet_cil.parallel import end_with_parent, in_own_process, worker_count
+from nnunet_cil.parallel import core_count, end_with_parent, in_own_process, worker_count
 from nnunet_cil.precision import amp_dtype
 from nnunet_cil.present import present_variants
 from nnunet_cil.report import write as report_page
@@ -475,7 +475,7 @@ def _augmentation_workers(schedule: Schedule) -> str | None:
 
     On few cores the training process augments itself: worker processes and OpenMP would fight for them.
     """
-    few = device_of(schedule).type == "cpu" and worker_count(64) <= FEW_CORES
+    few = device_of(schedule).type == "cpu" and core_count() <= FEW_CORES
     return os.environ.get(WORKERS_VARIABLE, "0" if few else None)
 
 

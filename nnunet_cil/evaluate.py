@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from nnunet_cil import nnunet_api
@@ -84,7 +85,9 @@ def _name(step: int | str) -> str:
     return str(step) if step == JOINT else f"step{step}"
 
 
-def evaluate_model(chain: Chain, variant: Variant, step: int | str, fold: int | str, device: Any) -> dict[str, Any]:
+def evaluate_model(
+    chain: Chain, variant: Variant, step: int | str, fold: int | str, device: torch.device
+) -> dict[str, Any]:
     """Scores of each test subject and learned class for one model, or for the ``ENSEMBLE`` of all folds.
 
     What exists for checkpoint, test set and tolerance is kept; predictions that exist are kept also where it is not.
@@ -109,11 +112,11 @@ def evaluate_model(chain: Chain, variant: Variant, step: int | str, fold: int | 
     images = nnunet_api.image_lists(chain.folder / "test" / "images", ending)
     predictions = path.parent / f"{key['checkpoint_sha256'][:16]}_{key['test_sha256'][:16]}"
     what = f"predicting {len(images)} test subjects with step {step} of {marked(variant.method)}"
-    logger.info("%s; by hand:\n  %s", what, predict_line(chain, variant, step, fold))
+    logger.info("%s; by hand:\n  %s", what, predict_line(chain, variant, step, fold, device.type))
     preprocessed = chain.folder / "test" / "preprocessed"
     folds = _members(chain, fold)
     say = partial(logger.info, "  %s")
-    with keeping_freed_memory(str(device) == "cpu"):
+    with keeping_freed_memory(device.type == "cpu"):
         nnunet_api.predict(model, folds, chain.schedule.configuration, images, preprocessed, predictions, device, say)
     number = chain.n_steps if step == JOINT else int(step)
     labels = cumulative_labels([s.classes for s in chain.schedule.steps], number)
@@ -248,7 +251,9 @@ def check_test(content: Mapping[str, Any], path: Path) -> None:
         raise ValueError(f"{path}: got no names of cases and file_ending, expected what `nnunet-cil prepare` writes.")
 
 
-def predict_line(chain: Chain, variant: Variant, step: int | str, fold: int | str, images: str | None = None) -> str:
+def predict_line(
+    chain: Chain, variant: Variant, step: int | str, fold: int | str, device: str, images: str | None = None
+) -> str:
     """The plain ``nnUNetv2_predict`` command for a step's model, by default with the path of the test images."""
     trainer, plans_name, configuration = chain.model_folder(variant, step).name.split("__")
     return nnunet_api.predict_line(
@@ -258,6 +263,7 @@ def predict_line(chain: Chain, variant: Variant, step: int | str, fold: int | st
         trainer,
         plans_name,
         images or str(chain.folder / "test" / "images"),
+        device,
     )
 
 

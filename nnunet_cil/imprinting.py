@@ -14,7 +14,8 @@ from torch.nn.functional import interpolate
 
 from nnunet_cil.extraction import UNCOUNTED, labelled_tiles
 from nnunet_cil.features import FeatureTap, decoder_stages
-from nnunet_cil.prototypes import masked_sums, reduced
+from nnunet_cil.prototypes import masked_sums
+from nnunet_cil.ranks import reduced
 
 SHRINKAGE = 0.1
 _HEAD = "decoder.seg_layers."

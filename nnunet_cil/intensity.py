@@ -17,7 +17,6 @@ from nnunet_cil.untrusted import dataset_json_of
 logger = logging.getLogger(__name__)
 
 CLIPPED_SHARE_TO_WARN = 0.05
-CASES_TO_LOOK_AT = 12
 _PROPERTIES = "foreground_intensity_properties_per_channel"
 
 
@@ -72,7 +71,7 @@ def warn_of_clipping(
 
     Args:
         dataset_json: of the raw dataset that the cases come from.
-        cases: of this step; at most the first 12 are read.
+        cases: of this step, all of which are read.
         names: label value -> class name.
 
     Returns:
@@ -86,7 +85,7 @@ def warn_of_clipping(
         window = manager.foreground_intensity_properties_per_channel[str(channel)]
         low, high = window["percentile_00_5"], window["percentile_99_5"]
         outside, total = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
-        for case in cases[:CASES_TO_LOOK_AT]:
+        for case in cases:
             reader = nnunet_api.reader_writer(dataset_json, case.images[channel])
             image = reader.read_images([str(case.images[channel])])[0][0]
             seg = reader.read_seg(str(case.label))[0][0]

@@ -391,12 +391,18 @@ def train_process_command(arguments: Sequence[str], resume: bool) -> list[str]:
 
 
 def predict_line(
-    dataset: str, configuration: str, folds: Sequence[int | str], trainer: str, plans_name: str, images: str
+    dataset: str,
+    configuration: str,
+    folds: Sequence[int | str],
+    trainer: str,
+    plans_name: str,
+    images: str,
+    device: str,
 ) -> str:
     """The ``nnUNetv2_predict`` line that gives the same predictions."""
     parts = ["nnUNetv2_predict", "-i", images, "-o", "OUTPUT", "-d", dataset, "-c", configuration]
     parts += ["-f", *map(str, folds), "-tr", trainer, *(["-p", plans_name] if plans_name != "nnUNetPlans" else [])]
-    return shlex.join(parts)
+    return shlex.join(parts + (["-device", device] if device != "cuda" else []))
 
 
 def model_folder_name(trainer: str, plans_name: str, configuration: str) -> str:

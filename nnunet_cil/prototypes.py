@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import distributed as dist
 from torch import nn
 from torch.autograd.function import once_differentiable
 
 from nnunet_cil.losses.chunked import chunks
 from nnunet_cil.losses.distillation import at_least_float32
+from nnunet_cil.ranks import add_up, are_several, gathered, reduced, this_rank
 
 TARGET_CONFIDENCE = 0.9
 TEMPERATURES = (1e-3, 10.0)
@@ -87,18 +87,6 @@ def class_means(sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     return sums / counts.clamp_min(1)[:, None]
 
 
-def _reduce(tensor: torch.Tensor) -> torch.Tensor:
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def reduced(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor on the CPU added up over distributed ranks, whatever their backend; itself without a process group."""
-    on_cuda = dist.is_available() and dist.is_initialized() and dist.get_backend() == "nccl"
-    return _reduce(tensor.to(torch.device("cuda", torch.cuda.current_device()) if on_cuda else "cpu")).cpu()
-
-
 class RunningBackground(nn.Module):
     """The dynamic background prototype: p <- mu p + (1 - mu) mean, over voxels that are background now (section 4).
 
@@ -125,7 +113,7 @@ class RunningBackground(nn.Module):
             total: (D,) sum of the features over the batch's background.
             count: () its voxels.
         """
-        both = _reduce(torch.cat([total, count[None]]).to(self.prototype.dtype))
+        both = add_up(torch.cat([total, count[None]]).to(self.prototype.dtype))
         moved = self.momentum * self.prototype + (1 - self.momentum) * both[:-1] / both[-1].clamp_min(1)
         self.prototype.copy_(torch.where((both[-1] > 0) & both.isfinite().all(), moved, self.prototype))
 
@@ -256,8 +244,7 @@ class PrototypeAccumulator:
         self.squares = torch.zeros(n_classes, dtype=torch.float64)
         self.counts = torch.zeros(n_classes, dtype=torch.float64)
         self._limit = samples_per_class
-        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-        self._rng = np.random.default_rng([seed, rank])
+        self._rng = np.random.default_rng([seed, this_rank()])
         self._samples = [np.zeros((0, n_features)) for _ in range(n_classes)]
         self._keys = [np.zeros(0) for _ in range(n_classes)]
 
@@ -290,15 +277,14 @@ class PrototypeAccumulator:
 
     def reduce(self) -> None:
         """Add up over distributed ranks and sample from all of them; without a process group nothing changes."""
-        if not (dist.is_available() and dist.is_initialized()):
+        if not are_several():
             return
         for name in ("sums", "squares", "counts"):
             setattr(self, name, reduced(getattr(self, name)))
-        gathered: list = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, (self._keys, self._samples))
+        of_all = gathered((self._keys, self._samples))
         for c in range(len(self.counts)):
             self._keys[c], self._samples[c] = self._keys[c][:0], self._samples[c][:0]
-            for keys, samples in gathered:
+            for keys, samples in of_all:
                 self._sample(c, keys[c], samples[c])
 
     def finish(

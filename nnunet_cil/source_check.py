@@ -162,7 +162,7 @@ def check_test_set(schedule: Schedule, tested: Mapping[str, Scan]) -> None:
     cases = {name: case for name, (_, case) in held_out_cases(schedule).items()}
     for value, name in enumerate(schedule.classes, 1):
         labelled = [subject for subject, case in cases.items() if value in case.labelled]
-        if labelled and not any(_voxels(cases[subject], tested[subject])[value] for subject in labelled):
+        if labelled and not any(voxels_of(cases[subject], tested[subject])[value] for subject in labelled):
             logger.warning(
                 "%s: test: got no voxel of %r in the labels of its %d subjects, so it is not scored. Was it left "
                 "unlabelled there, or has the test set another name for it? See docs/schedule.md.",
@@ -282,7 +282,7 @@ def check_sources(
                 else f"{where}: got no training case in {folder}, expected at least one that is not a test subject."
             )
         elif not any(scan.problem for scan in found):
-            totals = sum((_voxels(case, scans[case.label]) for case in cases[step]), Counter())
+            totals = sum((voxels_of(case, scans[case.label]) for case in cases[step]), Counter())
             labels = final_labels(schedule, step, {})
             problems += [
                 f"{where}: got no voxel of {name!r} in the labels of its {len(found)} cases, expected at least one. "
@@ -291,7 +291,7 @@ def check_sources(
                 if not totals[labels[name]]
             ]
             known = {labels[name]: name for name in schedule.steps[step - 1].classes if totals[labels[name]]}
-            voxels = {case.name: _voxels(case, scans[case.label]) for case in cases[step]}
+            voxels = {case.name: voxels_of(case, scans[case.label]) for case in cases[step]}
             problems += [f"{where}: {problem}" for problem in _fold_problems(schedule.folds, voxels, known)]
     _refuse(problems)
     return scans
@@ -336,7 +336,7 @@ def _labelled_classes(schedule: Schedule, step: int) -> tuple[str, ...]:
     return schedule.steps[step - 1].classes + schedule.steps[step - 1].old_classes
 
 
-def _voxels(case: Case, scan: Scan) -> Counter[int]:
+def voxels_of(case: Case, scan: Scan) -> Counter[int]:
     """Voxels of a case by the label value that they get."""
     counts: Counter[int] = Counter()
     for own, number in scan.counts.items():
@@ -355,7 +355,7 @@ def tell_of_labels(schedule: Schedule, cases: Mapping[int | str, Sequence[Case]]
         if new.old_classes:
             logger.info("%s: labels of classes learned before are used: %s", where, ", ".join(new.old_classes))
         labels, table = final_labels(schedule, step, {}), step_table(schedule, step)
-        voxels = {case.name: _voxels(case, scans[case.label]) for case in cases[step]}
+        voxels = {case.name: voxels_of(case, scans[case.label]) for case in cases[step]}
         declared = bool(schedule.unlabelled if new.dataset is None else new.unlabelled)
         for name in _labelled_classes(schedule, step):
             value = labels[name]

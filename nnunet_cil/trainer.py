@@ -43,7 +43,7 @@ from nnunet_cil.objectives.base import Objective, Outputs
 from nnunet_cil.objectives.finetune import Finetune
 from nnunet_cil.parallel import thread_count
 from nnunet_cil.precision import Float32Loss, amp_dtype, autocast, set_memory_format
-from nnunet_cil.prototypes import PrototypeStore, reduced
+from nnunet_cil.prototypes import PrototypeStore
 from nnunet_cil.pseudo_labels import (
     ENTROPY_BINS,
     JoinedDataset,
@@ -60,6 +60,7 @@ from nnunet_cil.pseudo_labels import (
     only_organs,
     rule_out,
 )
+from nnunet_cil.ranks import CasesOfThisRank, are_several, gathered, is_there, reduced
 from nnunet_cil.step_files import (
     CHECKPOINT,
     COST_FILE,
@@ -240,7 +241,7 @@ class IncrementalTrainer(nnUNetTrainer):
             self.objective_class.check_settings(self.block.settings)
             self._load_teacher()
         super().on_train_start()
-        if self._resumed is not None and not dist.is_initialized():
+        if self._resumed is not None and not are_several():
             _set_random_state(self._resumed["random"])
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -334,9 +335,6 @@ class IncrementalTrainer(nnUNetTrainer):
             write_json(Path(self.output_folder, REPLAY_FILE), {"bytes": n_bytes, "cases": listing})
         return kept
 
-    def _of_this_rank(self, cases: list[str]) -> list[str]:
-        return cases[self.local_rank :: dist.get_world_size()] if self.is_ddp else cases
-
     def _check_new_classes(self, training) -> None:
         missing = dict.fromkeys(range(self.block.n_old, self.block.n_classes))
         for case in training.identifiers:
@@ -379,7 +377,7 @@ class IncrementalTrainer(nnUNetTrainer):
             self.device,
             mirror_axes,
         )
-        mine = self._of_this_rank(cases)
+        mine = CasesOfThisRank(cases)
         believed = {"tau_old": settings["tau_old"], "tau_background": settings["tau_background"]}
         accepts = self._believed()
         if kept is not None:
@@ -427,20 +425,16 @@ class IncrementalTrainer(nnUNetTrainer):
             digest.update(np.ascontiguousarray(np.asarray(dataset.load_case(case)[1][:])).tobytes())
             digest.update(repr(self._relabelled.get(case, ())).encode())
         path = Path(self.preprocessed_dataset_folder_base, "pseudo_labels", f"entropy_{digest.hexdigest()[:16]}.json")
-        if path.is_file():
+        if is_there(path):
             return torch.tensor(json.loads(path.read_text(encoding="utf-8"))["thresholds"])
         histogram = torch.zeros(self.block.n_old, ENTROPY_BINS, dtype=torch.int64)
         with self._autocast():
-            for case in self._of_this_rank(cases):
+            for case in CasesOfThisRank(cases):
                 image, seg, _, _ = dataset.load_case(case)
                 labels = torch.from_numpy(np.asarray(seg[:]).astype(np.int64))[None]
                 logits = rule_out(window.logits(image)[None], [self._relabelled.get(case, ())])
                 histogram += entropy_histogram(labels, logits)
-        if self.is_ddp:
-            histograms = [None] * dist.get_world_size()
-            dist.all_gather_object(histograms, histogram)
-            histogram = torch.stack(histograms).sum(0)
-        thresholds = median_entropies(histogram)
+        thresholds = median_entropies(torch.stack(gathered(histogram)).sum(0))
         if self.local_rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(path.with_suffix(".lock")):  # other methods may write the same, where trainings are jobs
@@ -475,7 +469,7 @@ class IncrementalTrainer(nnUNetTrainer):
         Cases that lack a label take no part: their background would be counted with the class in it.
         """
         whole = [case for case in sorted(training.identifiers) if case not in self._unlabelled]
-        cases = self._of_this_rank(whole)
+        cases = CasesOfThisRank(whole)
         with self._autocast():
             statistics = class_statistics(
                 self.teacher.network,
@@ -605,11 +599,7 @@ class IncrementalTrainer(nnUNetTrainer):
         outputs = collate_outputs(train_outputs)
         self._check_finite(outputs)
         for name in sorted(key for key in outputs if key.startswith(TERM_PREFIX)):
-            values = outputs[name]
-            if self.is_ddp:
-                values = [None] * dist.get_world_size()
-                dist.all_gather_object(values, outputs[name])
-            mean = float(np.mean(np.concatenate([np.ravel(value) for value in np.atleast_1d(values)])))
+            mean = float(np.mean(np.concatenate([np.ravel(values) for values in gathered(outputs[name])])))
             self.logger.log(name, mean, self.current_epoch)
             self.print_to_log_file(f"{name} {mean:.5f}")
 
@@ -720,10 +710,11 @@ class IncrementalTrainer(nnUNetTrainer):
         if limit is None:
             limit = 0 if self.fold == "all" else sys.maxsize
         if limit == 0:
-            folder = Path(self.output_folder, "validation")
-            folder.mkdir(exist_ok=True)
-            nothing = {"foreground_mean": {"Dice": float("nan")}, "mean": {}, "metric_per_case": []}
-            write_json(folder / "summary.json", nothing)
+            if self.local_rank == 0:
+                folder = Path(self.output_folder, "validation")
+                folder.mkdir(exist_ok=True)
+                nothing = {"foreground_mean": {"Dice": float("nan")}, "mean": {}, "metric_per_case": []}
+                write_json(folder / "summary.json", nothing)
             self.print_to_log_file("Validation skipped, as validation_cases says.")
             return
         self._validation_limit = limit
@@ -786,7 +777,7 @@ class IncrementalTrainer(nnUNetTrainer):
 
     def _in_one_piece(self, dataset, old: Sequence[str]) -> tuple[str, ...]:
         """Those of the old classes, and the new ones that are in one piece in each case whose own labels hold them."""
-        cases = self._of_this_rank(sorted(dataset.identifiers))
+        cases = CasesOfThisRank(sorted(dataset.identifiers))
         new = dict(enumerate(self.block.new_classes, self.block.n_old))
         seen = torch.zeros(2, self.block.n_classes, dtype=torch.int64)
         for case in cases:
@@ -809,7 +800,7 @@ class IncrementalTrainer(nnUNetTrainer):
         self, network: nn.Module, dataset, n_classes: int, sha256: str, previous: PrototypeStore | None
     ) -> PrototypeStore:
         names = ("background", *self.block.old_classes, *self.block.new_classes)[:n_classes]
-        cases = self._of_this_rank(sorted(dataset.identifiers))
+        cases = CasesOfThisRank(sorted(dataset.identifiers))
         transporting = previous is not None and self.block.settings["old_prototypes"] == "transport"
         path = last_decoder_stage(network)
         with self._autocast():

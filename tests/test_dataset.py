@@ -596,3 +596,27 @@ def test_unset_folders_of_nnunet_are_all_named(nnunet_folders, monkeypatch, unse
 def test_folders_of_nnunet_are_created(nnunet_folders, monkeypatch, tmp_path):
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "new" / "results"))
     assert nnunet_api.nnunet_paths()["nnUNet_results"].is_dir()
+
+
+@pytest.mark.parametrize(
+    ("intensity", "clipped", "upper"),
+    [
+        ("step1", ["blob"], 170),
+        ("whole_image", [], 170),
+        ("{given: {0: {mean: 0, std: 9, percentile_00_5: 0, percentile_99_5: 130}}}", ["ball"], 130),
+    ],
+)
+def test_a_ct_chain_warns_of_organs_beyond_its_window(tmp_path, nnunet_folders, caplog, intensity, clipped, upper):
+    """The ball has values around 160 and the blob, which the first twelve cases lack, around 50."""
+    source = write_tiny_dataset(tmp_path / "source", n_cases=15, channel="CT")
+    for case in sorted(f"case_{number}" for number in range(14))[:12]:
+        rewrite(source / "labelsTr" / f"{case}.nii.gz", lambda labels: labels * (labels != 2))
+    schedule = write_schedule(tmp_path / "schedule.yaml", source, extra=f"intensity: {intensity}")
+    chain = Chain.open(load_schedule(schedule))
+    with caplog.at_level("WARNING", "nnunet_cil.intensity"):
+        prepare_chain(chain, [chain.variant("pgcd", 0)])
+    assert re.findall(r"100% of all (\w+) voxels", caplog.text) == clipped
+    for step in (1, 2):
+        window = plans_of(chain, step)["foreground_intensity_properties_per_channel"]["0"]
+        assert window["percentile_99_5"] == pytest.approx(upper, abs=8)
+        assert (window["percentile_00_5"] < 60) == (intensity != "step1")

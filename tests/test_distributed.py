@@ -76,6 +76,12 @@ def rank_trains(rank: int, schedule: str, folder: str) -> None:
 
         trainer.on_train_start, trainer.train_step = starting, stepping
         trainer.run_training()
+        if rank == 0:
+            dist.barrier()
+        trainer.perform_actual_validation()  # as nnU-Net has every rank do
+        found["summary"] = Path(trainer.output_folder, "validation", "summary.json").is_file()
+        if rank == 1:
+            dist.barrier()
     found["one_case"] = sums_over(trainer, ["case_0"] if rank == 0 else [])
     found["end"] = unwrap(trainer.network).state_dict()
     found["background"] = trainer.objective.background.prototype
@@ -163,3 +169,8 @@ def test_a_rank_without_a_case_waits_for_the_others(chain, ranks):
     trainer.on_train_start()
     for rank in ranks:
         torch.testing.assert_close(rank["one_case"], sums_over(trainer, ["case_0"]))
+
+
+def test_one_rank_alone_writes_the_summary_of_a_validation_left_out(ranks):
+    """Two that write it at once take the unfinished file from each other."""
+    assert [rank["summary"] for rank in ranks] == [True, False]

@@ -11,6 +11,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -113,6 +114,25 @@ def test_nnunet_gets_no_more_workers_than_there_are_cores(train, monkeypatch):
     monkeypatch.setenv("nnUNet_def_n_proc", "5")
     train("echo $nnUNet_def_n_proc > workers")
     assert Path("workers").read_text() == "5\n", "what the user says counts"
+
+
+@pytest.mark.parametrize(
+    ("device", "cores", "asked", "expected"),
+    [
+        ("cpu", 2, None, "0"),
+        ("cpu", driver.FEW_CORES, None, "0"),
+        ("cpu", driver.FEW_CORES + 1, None, None),
+        ("cpu", 2, "6", "6"),
+        ("cuda", 2, None, None),
+    ],
+)
+@pytest.mark.parametrize("n_proc", ["3", "8", None])
+def test_on_few_cores_the_training_process_augments(monkeypatch, device, cores, asked, expected, n_proc):
+    """nnUNet_def_n_proc is about other work: many set it to 8 once and for all."""
+    monkeypatch.setattr(driver, "core_count", lambda: cores)
+    for name, value in ((driver.WORKERS_VARIABLE, asked), ("nnUNet_def_n_proc", n_proc)):
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    assert driver._augmentation_workers(SimpleNamespace(device=device)) == expected
 
 
 def test_only_pgcd_and_trainers_made_of_it_are_ablated(tmp_path):

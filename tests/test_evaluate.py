@@ -29,6 +29,7 @@ from nnunet_cil.step_files import write_json
 from tests.conftest import write_schedule, write_tiny_dataset
 
 NAN = float("nan")
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -445,7 +446,7 @@ def predicting(chain, monkeypatch) -> tuple[Chain, list]:
 
 def test_each_subject_is_scored_on_what_its_set_labels(predicting):
     chain, _ = predicting
-    found = evaluate_model(chain, chain.variant("pgcd", 0), 2, "all", "cpu")
+    found = evaluate_model(chain, chain.variant("pgcd", 0), 2, "all", CPU)
     assert found["scores"] == {
         "case_1": {
             "ball": {"dice": None, "hd95_mm": None, "nsd": None},
@@ -464,22 +465,22 @@ def test_the_log_says_what_is_predicted_and_that_it_keeps_scans(predicting, capl
     chain, _ = predicting
     save_checkpoint(chain, n_rows=3, method="replay")
     with caplog.at_level("INFO"):
-        evaluate_model(chain, chain.variant("replay", 0), 2, "all", "cpu")
+        evaluate_model(chain, chain.variant("replay", 0), 2, "all", CPU)
     assert "predicting 2 test subjects with step 2 of replay (not privacy-safe)" in caplog.text
-    assert "nnUNetv2_predict" in caplog.text
+    assert "-f all -tr nnUNetTrainerReplay -p nnUNetPlans_replay -device cpu\n" in caplog.text
 
 
 def test_a_model_is_predicted_again_only_if_it_or_the_test_set_changed(predicting):
     chain, calls = predicting
     variant = chain.variant("pgcd", 0)
     for _ in range(2):
-        evaluate_model(chain, variant, 2, "all", "cpu")
+        evaluate_model(chain, variant, 2, "all", CPU)
     assert len(calls) == 1
     save_checkpoint(chain, n_rows=4)
-    evaluate_model(chain, variant, 2, "all", "cpu")
+    evaluate_model(chain, variant, 2, "all", CPU)
     path = chain.folder / "test" / "test.json"
     path.write_text(path.read_text(encoding="utf-8") + "\n")
-    evaluate_model(chain, variant, 2, "all", "cpu")
+    evaluate_model(chain, variant, 2, "all", CPU)
     outputs = [call[5] for call in calls]
     assert len(set(outputs)) == len(outputs) == 3, "no output folder serves two models or test sets"
     assert len({call[4] for call in calls}) == 1, "test subjects are preprocessed in one place"
@@ -488,9 +489,9 @@ def test_a_model_is_predicted_again_only_if_it_or_the_test_set_changed(predictin
 def test_another_tolerance_scores_the_same_predictions_anew(predicting):
     chain, calls = predicting
     variant = chain.variant("pgcd", 0)
-    evaluate_model(chain, variant, 2, "all", "cpu")
+    evaluate_model(chain, variant, 2, "all", CPU)
     chain.schedule = replace(chain.schedule, nsd_tolerance_mm=1.0)
-    found = evaluate_model(chain, variant, 2, "all", "cpu")
+    found = evaluate_model(chain, variant, 2, "all", CPU)
     assert found["scores"]["case_1"]["blob"]["nsd"] == 0.1
     assert calls[0][5] == calls[1][5]
 
@@ -498,11 +499,11 @@ def test_another_tolerance_scores_the_same_predictions_anew(predicting):
 def test_scores_of_an_earlier_version_are_made_anew_from_the_same_predictions(predicting):
     chain, calls = predicting
     variant = chain.variant("pgcd", 0)
-    new = evaluate_model(chain, variant, 2, "all", "cpu")
+    new = evaluate_model(chain, variant, 2, "all", CPU)
     path = evaluation_file(chain, variant, 2, "all")
     old = {key: new[key] for key in ("checkpoint_sha256", "test_sha256")} | {"dice": {"case_1": {"blob": 0.5}}}
     write_json(path, old)
-    assert evaluate_model(chain, variant, 2, "all", "cpu") == new == json.loads(path.read_text(encoding="utf-8"))
+    assert evaluate_model(chain, variant, 2, "all", CPU) == new == json.loads(path.read_text(encoding="utf-8"))
     assert calls[0][5] == calls[1][5]
 
 

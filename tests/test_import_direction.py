@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS = (
-    {"untrusted", "checkpoint", "host_memory", "step_files"},
+    {"untrusted", "checkpoint", "host_memory", "ranks", "step_files"},
     {"labels", "schedule", "metrics", "losses", "prototypes", "features", "parallel", "surface_scores", "given_model"},
     {"nnunet_api", "environment", "phantom", "convert", "logging_terms", "precision"},
     {"cases", "teacher", "block", "lineage", "plan_override", "intensity", "extraction", "pseudo_labels", "imprinting"},
@@ -19,7 +19,7 @@ LAYERS = (
     {"cli", "trainers"},
 )
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
-LEAVES = {"untrusted", "checkpoint", "host_memory", "metrics", "features", "environment", "phantom"}
+LEAVES = {"untrusted", "checkpoint", "host_memory", "ranks", "metrics", "features", "environment", "phantom"}
 NNUNET = {"trainer", "nnunet_api", "logging_terms", "trainers"}  # logging_terms: a subclass of nnU-Net's logger
 NO_TORCH = {"untrusted", "labels", "schedule", "metrics", "environment", "report", "cli"}
 

@@ -336,6 +336,11 @@ BAD = {
         {**BASE, "variants": {"joint_long": {"trainer": "nnUNetTrainerJoint"}}},
         "variants: joint_long: trainer: got nnUNetTrainerJoint, expected the trainer of a method that goes step",
     ),
+    "variant that ends like a seed": (
+        {**BASE, "variants": {"a": {"eta": 0.1}, "a_seed1": {"eta": 0.2}}},
+        "variants: a_seed1: got 'a_seed1', expected a name that does not end like that of a seed",
+    ),
+    "variant like a seed": ({**BASE, "variants": {"seednone": {"eta": 0.1}}}, "variants: seednone: got 'seednone'"),
     "unknown variant key": ({**BASE, "variants": {"a": {"lambda": 0}}}, "variants: a: lambda: got an unknown key"),
     "variant without offline labels": (
         {**BASE, "method": {"class_balance": True}, "variants": {"a": {"pseudo_labels": False}}},

@@ -230,6 +230,19 @@ def test_interrupted_run_restores_teacher_and_background(trained, started):
     assert "loss_pgcd_spatial" in again.train_step(next(again.dataloader_train))
 
 
+def test_loss_terms_reach_every_logger_of_nnunet_such_as_that_of_weights_and_biases(started, monkeypatch):
+    seen = {}
+    other = SimpleNamespace(log=lambda key, value, step: seen.setdefault(key, value), log_summary=lambda *of: None)
+    monkeypatch.setattr(started.logger, "loggers", [*started.logger.loggers, other])
+    started.on_epoch_start()
+    started.on_train_epoch_start()
+    outputs = [started.train_step(next(started.dataloader_train))]
+    started.on_train_epoch_end(outputs)
+    terms = {name for name in outputs[0] if name.startswith("loss_")}
+    assert len(terms) == 5
+    assert terms < set(seen)
+
+
 def test_a_training_does_not_go_on_with_another_teacher(trained, started):
     started.save_checkpoint(str(fold_of(trained, 2) / "checkpoint_latest.pth"))
     again = trainer_of(trained, 2, resume=True)

@@ -270,7 +270,10 @@ def collect(chain: Chain, variants: Sequence[Variant]) -> Collected:
                 models.append(known[key])
             runs.append(Run(variant.method, variant.seed, fold, tuple(models)))
         if ENSEMBLE in scored_folds(chain):
-            of_ensembles += [predict_line(chain, owner, step, ENSEMBLE, _IMAGES) for step, owner in owners.items()]
+            device = _device(chain)
+            of_ensembles += [
+                predict_line(chain, each, step, ENSEMBLE, device, _IMAGES) for step, each in owners.items()
+            ]
     content, rows = collect_scores(chain, list(variants)) if runs else ({"runs": []}, [])
     by_run: dict[str, list[NDArray[np.float64]]] = {}
     for run in (run for run in content["runs"] if run["fold"] != ENSEMBLE):
@@ -382,7 +385,7 @@ def _model(chain: Chain, owner: Variant, step: int | str, fold: int | str, probl
     hashes = [str(evaluation.get(key, "")) for key in ("checkpoint_sha256", "test_sha256")]
     predictions = path.parent / "_".join(part[:16] for part in hashes)
     debug = _read_json(folder / "debug.json", f"the settings of {title}", problems)
-    device = str(debug.get("device", ""))
+    device = str(debug.get("device", "")).split(":")[0]
     is_given = step == 1 and chain.schedule.model is not None
     return Model(
         method=owner.method,
@@ -398,8 +401,8 @@ def _model(chain: Chain, owner: Variant, step: int | str, fold: int | str, probl
         prototypes=_prototypes(folder / PROTOTYPE_FILE, title, problems),
         cost=_read_json(folder / COST_FILE, f"the cost of {title}", problems, check_cost),
         machine=_machine(folder, debug, device),
-        train_command="" if is_given else _train_command(chain, owner, step, fold, device),
-        predict_command=predict_line(chain, owner, step, fold, _IMAGES),
+        train_command="" if is_given else _train_command(chain, owner, step, fold, device or _device(chain)),
+        predict_command=predict_line(chain, owner, step, fold, device or _device(chain), _IMAGES),
     )
 
 
@@ -412,7 +415,7 @@ def _machine(folder: Path, debug: Mapping[str, Any], device: str) -> dict[str, s
     logs = _logs(folder)
     precision = _PRECISION.findall(logs[-1].read_text(errors="replace")) if logs else []
     found = {
-        "device": device.split(":")[0],
+        "device": device,
         "GPU": str(debug.get("gpu_name", "")),
         "precision": precision[-1].replace("torch.", "") if precision else "",
         "torch": str(debug.get("torch_version", "")),
@@ -420,15 +423,19 @@ def _machine(folder: Path, debug: Mapping[str, Any], device: str) -> dict[str, s
     return {key: value for key, value in found.items() if value}
 
 
+def _device(chain: Chain) -> str:
+    """What the schedule asks for; nnU-Net's own for ``auto``."""
+    return "cuda" if chain.schedule.device == "auto" else chain.schedule.device
+
+
 def _train_command(chain: Chain, owner: Variant, step: int | str, fold: int | str, device: str) -> str:
-    wanted = "cuda" if chain.schedule.device == "auto" else chain.schedule.device
     arguments = nnunet_api.train_arguments(
         chain.dataset_name(step),
         chain.schedule.configuration,
         fold,
         owner.trainer,
         chain.plans_name(owner),
-        device.split(":")[0] or wanted,
+        device,
     )
     return " ".join(["nnUNetv2_train", *arguments])
 

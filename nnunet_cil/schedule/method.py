@@ -136,6 +136,12 @@ def variants_of(reading: Reading, value: Any, base: Mapping[str, Any]) -> dict[s
             reading.problem(
                 f"variants: {name}", repr(name), f"lower-case letters, digits and _: at most {MAX_NAME_BYTES // 2}"
             )
+        if re.search(r"(^|_)seed(\d+|none)$", name):
+            reading.problem(
+                f"variants: {name}",
+                repr(name),
+                "a name that does not end like that of a seed: its models would be in one folder with another's",
+            )
         if not isinstance(changes, dict) or not changes:
             reading.problem(f"variants: {name}", repr(changes), "a mapping of settings, as in `method`")
             continue

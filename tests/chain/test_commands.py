@@ -130,10 +130,8 @@ def test_lines_typed_by_hand_give_what_the_driver_gives(driven, tmp_path):
 
 
 def test_nnunets_own_predict_gives_the_segmentations_that_were_scored(driven):
-    images = driven.root / "nnUNet_results" / "chain_tiny" / "test" / "images"
-    line = f"nnUNetv2_predict -i {images} -o out -d Dataset501_tiny_step2 -tr nnUNetTrainerPGCD"
-    line += " -c 3d_fullres -f all -device cpu -npp 0 -nps 0"
-    driven.types('eval "$(nnunet-cil env)"', line)
+    line = next(line for line in driven.shown.splitlines() if "nnUNetv2_predict" in line and "_step2 " in line)
+    driven.types('eval "$(nnunet-cil env)"', line.replace("OUTPUT", "out") + " -npp 0 -nps 0")
     stored = driven.root.glob("nnUNet_results/chain_tiny/predictions/nnUNetPlans/step2_fold_all/*/case_5.nii.gz")
     ours, theirs = (
         SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path)))

@@ -41,6 +41,7 @@ def test_a_whole_chain(chain):
         model.train_command == "nnUNetv2_train Dataset501_tiny_step2 3d_fullres all -tr nnUNetTrainerPGCD -device cpu"
     )
     assert model.predict_command.startswith("nnUNetv2_predict -i TEST_IMAGES -o OUTPUT -d Dataset501_tiny_step2")
+    assert model.predict_command.endswith(" -device cpu"), "it is nnU-Net's default no more than of a training"
 
 
 def test_nothing_trained(chain):
