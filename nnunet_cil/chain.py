@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, nullcontext
@@ -135,8 +136,25 @@ class Chain:
             chain = cls(schedule, {"plans_name": None})
             chain._abandoned, chain._is_new = abandoned, True
             chain._choose_numbers()
-        chain.content = {"name": schedule.name, "schedule": schedule.to_dict(), **_without(chain.content, "schedule")}
+        chain.content = {"name": schedule.name, "schedule": chain._in_force(), **_without(chain.content, "schedule")}
         return chain
+
+    def _in_force(self) -> dict[str, Any]:
+        """The schedule as it is; of what was moved since the chain was started, its path of then."""
+        now = json.loads(json.dumps(self.schedule.to_dict()))
+        before = self.content.get("schedule", {"steps": []})
+        for then, given in zip([before, *before["steps"]], [now, *now["steps"]], strict=False):
+            for key in ("source", "model", "base_plans", "dataset"):
+                if self._was_moved(then.get(key), given.get(key)):
+                    given[key] = then[key]
+        return now
+
+    def _was_moved(self, then: Any, now: Any) -> bool:
+        """Whether nothing is at a path any more, and the other one has the same last part."""
+        if not isinstance(then, str) or not isinstance(now, str) or Path(then).name != Path(now).name:
+            return False
+        places = (self.schedule.file.parent, self.paths["nnUNet_raw"])
+        return not any((place / os.path.expanduser(then)).exists() for place in places)
 
     @contextmanager
     def locked(self, part: str = "", however_long: bool = False) -> Iterator[None]:
@@ -210,7 +228,7 @@ class Chain:
             has_begun: see `has_begun`. Before, how to train may change, but for the seed, by which
                 subjects were dealt to steps.
         """
-        before, now = dict(self.content["schedule"]), json.loads(json.dumps(self.schedule.to_dict()))
+        before, now = dict(self.content["schedule"]), self._in_force()
         for key, defaults in (("method", STORED_METHOD_DEFAULTS), ("training", asdict(Training()))):
             before[key] = {**defaults, **before[key]}  # a chain of an earlier version, which had fewer settings
         if not has_begun:

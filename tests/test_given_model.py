@@ -17,7 +17,7 @@ from nnunet_cil import nnunet_api
 from nnunet_cil.chain import Chain
 from nnunet_cil.cli.main import main
 from nnunet_cil.dataset import prepare_chain
-from nnunet_cil.driver import prepare, run, variants_of, write_report
+from nnunet_cil.driver import prepare, run, status, variants_of, write_report
 from nnunet_cil.export import card_text, export_model, read_card
 from nnunet_cil.given_model import read_model
 from nnunet_cil.guard import read_checks
@@ -365,6 +365,38 @@ def test_a_zip_is_extended_on_another_machine_and_the_result_again(first, tmp_pa
     for target in (chain.folder, last.folder, given_again):
         assert main(["verify", str(target)]) == 0
     assert capsys.readouterr().out.count("given, made in another chain") == 2
+
+
+def test_a_chain_goes_on_after_its_model_or_dataset_was_moved_or_the_model_is_gone(first, tmp_path, monkeypatch):
+    move_away(tmp_path, monkeypatch)
+    archive = Path(shutil.copy(first.folder / "given.zip", tmp_path))
+    path = write_extension(tmp_path, archive)
+    lines = prepare(load_schedule(path), [], [])
+    chain = Chain.open(load_schedule(path))
+    written = chain.content["schedule"]
+    model = chain.model_folder(chain.variant("pgcd", 0), 1)
+
+    (tmp_path / "elsewhere").mkdir()
+    archive = archive.rename(tmp_path / "elsewhere" / archive.name)
+    without = load_schedule(path)
+    assert (without.model.path, without.model.folds) == (model, ("all",))
+    assert prepare(without, [], []) == lines
+    assert "waiting" in status(without, [], [])
+
+    (tmp_path / "new").rename(tmp_path / "elsewhere" / "new")
+    text = path.read_text(encoding="utf-8").replace(str(tmp_path / "given.zip"), str(archive))
+    path.write_text(text.replace("dataset: new", "dataset: elsewhere/new"), encoding="utf-8")
+    moved = load_schedule(path)
+    assert moved.model.path == archive
+    assert prepare(moved, [], []) == lines
+    stored = json.loads((chain.folder / "chain.json").read_text(encoding="utf-8"))["schedule"]
+    assert {**stored, "test": written["test"]} == written, "the trainings' lineages have the digest of all but the test"
+    image = chain.raw(2) / "imagesTr" / "case_0_0000.nii.gz"
+    assert image.samefile(tmp_path / "elsewhere" / "new" / "imagesTr" / image.name)
+
+    write_tiny_dataset(tmp_path / "new", n_cases=4, seed=8)
+    with pytest.raises(ValueError, match=r"steps\[0\]: dataset: chain new, schedule elsewhere/new"):
+        Chain.open(load_schedule(path))
 
 
 def test_a_model_without_prototypes_or_of_stock_nnunet_is_extended(first, tmp_path, monkeypatch, capsys):

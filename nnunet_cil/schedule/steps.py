@@ -17,7 +17,7 @@ from nnunet_cil.schedule.settings import CHAIN_NAME
 
 
 def model_of(reading: Reading, value: Any, fold: Any) -> GivenModel | None:
-    """The given model; of its folds only ``fold``, where one is named."""
+    """The given model; of its folds only ``fold``, where one is named. If it is gone, the copy that the chain has."""
     if value is None:
         if fold is not None:
             reading.problem("model_fold", "the key without a model", "`model`, of which it names a fold")
@@ -28,7 +28,10 @@ def model_of(reading: Reading, value: Any, fold: Any) -> GivenModel | None:
             reading.problem(
                 key, "the key beside a model", "no such key: it is the model's, or each step has its dataset"
             )
+    kept = None if path is None or path.exists() else _kept_model(reading)
     try:
+        if kept is not None:
+            return read_model(kept)
         model = None if path is None else read_model(path)
     except (ValueError, OSError) as error:
         reading.failed("model", error)
@@ -122,9 +125,24 @@ def _own_step(reading: Reading, key: str, entry: Mapping, number: int) -> Step |
 
 def _kept_source(reading: Reading, number: int) -> Path | None:
     """What the chain kept of a step's dataset, whose scans may be gone once they are trained on."""
+    chain = _chain_folder(reading)
+    folder = None if chain is None else kept_source(chain, number)
+    return folder if folder is not None and (folder / "dataset.json").is_file() else None
+
+
+def _kept_model(reading: Reading) -> Path | None:
+    """The copy of the given model that the chain teaches with, its folds those of the chain."""
+    chain = _chain_folder(reading)
+    if chain is None or not chain.is_dir():
+        return None
+    dataset = f"Dataset[0-9][0-9][0-9]_{reading.raw['name'].replace('-', '_')}_step1"
+    found = [path.parent for path in chain.parent.glob(f"{dataset}/*__*__*/plans.json")]
+    return found[0] if len(found) == 1 else None
+
+
+def _chain_folder(reading: Reading) -> Path | None:
     results = os.environ.get("nnUNet_results")  # noqa: SIM112  (nnU-Net's spelling)
     name = reading.raw.get("name")
     if not results or not isinstance(name, str) or not CHAIN_NAME.fullmatch(name):
         return None
-    folder = kept_source(Path(results).absolute() / f"chain_{name}", number)
-    return folder if (folder / "dataset.json").is_file() else None
+    return Path(results).absolute() / f"chain_{name}"
