@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_cil.block import BLOCK_KEY
-from nnunet_cil.step_files import CHECKPOINT, LINEAGE_FILE, PROTOTYPE_FILE, write_json
+from nnunet_cil.step_files import CHECKPOINT, LINEAGE_FILE, PROTOTYPE_FILE, STEP_FILE, write_json
 from nnunet_cil.teacher import sha256_of
 from nnunet_cil.untrusted import EXPECTED_ENDING, MAX_JSON_BYTES, check_extent, is_ending, is_name, read_json
 
@@ -153,7 +153,9 @@ def _check_form(content: Mapping[str, Any], source: _AnyPath) -> None:
         and (block is None or _has(block, {"settings": dict, "training": dict}))
         and (teacher is None or _has(teacher, {"folder": str, "files": dict, "lineage": str}))
     )
-    names = [*content["files"], *content["labels"].get("files", ())] if good else []
+    labels = content.get("labels")
+    good = good and isinstance(labels.get("counted_by", {}), dict)
+    names = [*content["files"], *labels.get("files", ()), *labels.get("counted_by", ())] if good else []
     names += [*teacher["files"], *teacher["folder"].split("/")] if good and teacher is not None else []
     if not good or not all(map(is_name, names)):
         raise ValueError(f"{source}: got content or names that are none of a lineage, expected what a training writes.")
@@ -168,7 +170,7 @@ def _plans_digest(path: _AnyPath, block: Mapping[str, Any] | None) -> str:
 
 
 def _chain_digest(path: Path, block: Mapping[str, Any]) -> str:
-    """Of what in chain.json may not change while a chain runs; which cases lack labels, the labels say themselves."""
+    """Of what in chain.json may not change while a chain runs; which cases lack labels, the step's file says."""
     content = _parsed(_read(path))
     schedule = {k: v for k, v in content["schedule"].items() if k not in {*CHANGEABLE_KEYS, "unlabelled"}}
     schedule["steps"] = [{k: v for k, v in step.items() if k != "unlabelled"} for step in schedule["steps"]]
@@ -246,6 +248,21 @@ def _folder_name(fold: Path) -> str:
     return "/".join(fold.parts[-3:])
 
 
+def _how_labels_count(preprocessed: Path) -> dict[str, str]:
+    """Digests of what decides which labels teach what: the classes that each case lacks, and the folds."""
+    step, splits = preprocessed / STEP_FILE, preprocessed / "splits_final.json"
+    found = {STEP_FILE: _labelled_digest(step)} if step.is_file() else {}
+    return found | ({splits.name: _json_digest(splits)} if splits.is_file() else {})
+
+
+def _labelled_digest(path: _AnyPath) -> str:
+    return _digest(_parsed(_read(path)).get("labelled"))
+
+
+def _json_digest(path: _AnyPath) -> str:
+    return _digest(_parsed(_read(path)))
+
+
 def _label_files(folder: Path, ending: str) -> dict[str, Path]:
     found = sorted(folder.iterdir()) if folder.is_dir() else ()
     return {path.name: path for path in found if path.name.endswith(ending) and not path.name.startswith(".")}
@@ -279,7 +296,11 @@ def write_lineage(
         BLOCK_KEY: block,
         "versions": versions(),
         "files": {name: _plans_digest(_place(fold, name), block) for name in _MODEL_FILES} | dict(known),
-        "labels": {"sha256": _digest(label_digests), "files": label_digests},
+        "labels": {
+            "sha256": _digest(label_digests),
+            "files": label_digests,
+            "counted_by": _how_labels_count(labels.parent),
+        },
         "chain": _chain_digest(chain_file, block) if chain_file is not None and chain_file.is_file() else None,
         "teacher": teacher,
     }
@@ -409,7 +430,8 @@ def _verify_link(fold: Path, chain_file: Path, chain: str, files: Files) -> str:
     _check_folder(fold, content)
     if content["chain"] is not None:
         files.check(chain_file, content["chain"], source, partial(_chain_digest, block=content[BLOCK_KEY]))
-    summary += ", " + _verify_labels(fold, content["labels"]["files"], files)
+    labels = content["labels"]
+    summary += ", " + _verify_labels(fold, labels["files"], labels.get("counted_by", {}), files)
     teacher = content["teacher"]
     if teacher is None:
         return summary
@@ -421,8 +443,12 @@ def _verify_link(fold: Path, chain_file: Path, chain: str, files: Files) -> str:
     return f"{summary}; teacher {teacher['folder']}"
 
 
-def _verify_labels(fold: Path, expected: Mapping[str, str], files: Files) -> str:
-    """Compare the labels of a step wherever they still are: in the raw dataset, and beside the preprocessed one."""
+def _verify_labels(fold: Path, expected: Mapping[str, str], counted_by: Mapping[str, str], files: Files) -> str:
+    """Compare the labels of a step wherever they still are: in the raw dataset, and beside the preprocessed one.
+
+    Args:
+        counted_by: see `_how_labels_count`; empty in lineages of earlier versions.
+    """
     path = _place(fold, "dataset.json")
     if not is_ending(ending := read_json(path, "that of a model").get("file_ending")):
         raise ValueError(f"{path}: got the file_ending {ending!r}, expected {EXPECTED_ENDING}.")
@@ -438,6 +464,10 @@ def _verify_labels(fold: Path, expected: Mapping[str, str], files: Files) -> str
             )
         for name, digest in expected.items():
             files.check(folder / name, digest, fold / LINEAGE_FILE)
+    if places[1] in there:
+        for name, digest in counted_by.items():
+            of = _labelled_digest if name == STEP_FILE else _json_digest
+            files.check(places[1].parent / name, digest, fold / LINEAGE_FILE, of)
     return f"{len(expected)} label files" if there else "label files are gone: not checked"
 
 

@@ -132,7 +132,7 @@ class IncrementalTrainer(nnUNetTrainer):
         self._unlabelled: dict[str, tuple[int, ...]] = {}  # new classes that a case's labels lack
         self._relabelled: dict[str, tuple[int, ...]] = {}  # old classes that a case's own labels hold
         self._resumed: dict | None = None
-        self._is_fused = False
+        self._is_fused = self._has_ended = False
         self._epoch_started = monotonic()
         self._last_save, self._seconds_of_save = monotonic(), 0.0
         self._seconds_training = self._seconds_preparing = 0.0
@@ -659,6 +659,8 @@ class IncrementalTrainer(nnUNetTrainer):
             RuntimeError: the network has weights that are not finite.
             OSError: the checkpoint could not be written; one that is there is kept.
         """
+        if self._has_ended:  # its digest stands in lineages; what is missing is nnU-Net's validation
+            return None
         if self.local_rank != 0 or self.disable_checkpointing:
             return super().save_checkpoint(filename)
         for name, weight in unwrap(self.network).state_dict().items():
@@ -698,6 +700,11 @@ class IncrementalTrainer(nnUNetTrainer):
         super().load_checkpoint(filename)  # nnU-Net's takes a dict by its signature, but fails on one
         self._resumed = resumed
         self._is_fused = Path(filename).name == CHECKPOINT
+        self._has_ended = (
+            self._is_fused
+            and self.current_epoch >= self.num_epochs
+            and Path(self.output_folder, PROTOTYPE_FILE).is_file()
+        )
         self._seconds_training = resumed["seconds_training"]
         self._seconds_preparing = resumed.get("seconds_preparing", 0.0)  # not in those of earlier versions
 
@@ -734,6 +741,8 @@ class IncrementalTrainer(nnUNetTrainer):
             self.print_to_log_file(f"Weights fused: {share:.3f} of the teacher's, {1 - share:.3f} of this step's.")
         super().on_train_end()
         self._remove_taps()
+        if self._has_ended:
+            return
         if self.local_rank == 0:
             for left in Path(self.output_folder).glob("checkpoint_*.part"):  # by a training that was killed
                 left.unlink()

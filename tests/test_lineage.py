@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nnunet_cil.chain import Chain
+from nnunet_cil.chain import Chain, is_finished
 from nnunet_cil.cli.main import main
 from nnunet_cil.export import CARD_FILE, export_model
 from nnunet_cil.lineage import (
@@ -27,7 +27,7 @@ from nnunet_cil.lineage import (
     teacher_link,
 )
 from nnunet_cil.schedule import load_schedule
-from nnunet_cil.step_files import write_json
+from nnunet_cil.step_files import STEP_FILE, write_json
 from nnunet_cil.teacher import sha256_of
 from tests.test_trainer import fold_of, make_chain, module_patch, train, trainer_of  # noqa: F401  (a fixture)
 
@@ -131,7 +131,7 @@ def test_a_chain_verifies_by_folder_and_by_schedule(chain, verify):
     assert shown.splitlines() == [
         f"{FOLDS[0]}: 4 files, 5 label files",
         f"{FOLDS[1]}: 4 files, 5 label files; teacher {FOLDS[0]}",
-        "all 31 files fit",  # for each step: 4, its lineage, and 5 labels in two places; chain.json
+        "all 35 files fit",  # for each step: 4, its lineage, 5 labels in two places and 2 on how they count; chain.json
     ]
     assert verify(chain.schedule.file) == (0, shown)
 
@@ -170,6 +170,7 @@ ARTEFACTS = {
     "lineage of the teacher": ("nnUNet_results", f"{FOLDS[0]}/{LINEAGE_FILE}"),
     "chain.json": ("nnUNet_results", "chain_tiny/chain.json"),
     "raw label": ("nnUNet_raw", "Dataset500_tiny_step1/labelsTr/case_0.nii.gz"),
+    "folds": ("nnUNet_preprocessed", "Dataset501_tiny_step2/splits_final.json"),
     "preprocessed label": ("nnUNet_preprocessed", "Dataset501_tiny_step2/gt_segmentations/case_3.nii.gz"),
 }
 
@@ -241,6 +242,34 @@ def test_what_is_changed_and_sealed_again_does_not_fit_the_next_link(copy, verif
     assert status == 1
     assert re.search(f"{re.escape(str(path))}: {BOTH_SIDES}", shown)
     assert f"{named_by}/{LINEAGE_FILE} says" in shown
+
+
+def test_other_cases_that_lack_labels_are_found(copy, verify):
+    """An organ that nobody outlined leaves no trace in the labels."""
+    path = copy / "nnUNet_preprocessed" / "Dataset501_tiny_step2" / STEP_FILE
+    rewrite(path, lambda content: content.update(n_cases=5.0))
+    assert verify(copy / "nnUNet_results" / "chain_tiny")[0] == 0
+    rewrite(path, lambda content: content.update(labelled={"case_0": []}))
+    status, shown = verify(copy / "nnUNet_results" / "chain_tiny")
+    assert status == 1
+    assert re.search(f"{re.escape(str(path))}: {BOTH_SIDES}", shown)
+
+
+def test_a_lineage_of_an_earlier_version_without_them_is_verified(copy, verify):
+    rewrite(copy / "nnUNet_results" / FOLDS[1] / LINEAGE_FILE, lambda content: content["labels"].pop("counted_by"))
+    assert verify(copy / "nnUNet_results" / "chain_tiny")[0] == 0
+
+
+def test_a_training_that_lacks_its_validation_alone_makes_nothing_else_anew(copied_chain, verify):
+    fold = fold_of(copied_chain, 1)
+    shutil.rmtree(fold / "validation")
+    assert not is_finished(fold)
+    names = ("checkpoint_final.pth", "prototypes.npz", "cost.json", LINEAGE_FILE)
+    before = {name: (fold / name).read_bytes() for name in names}
+    train(copied_chain, 1, resume=True)
+    assert is_finished(fold)
+    assert {name: (fold / name).read_bytes() for name in names} == before
+    assert verify(copied_chain.folder)[0] == 0
 
 
 def test_settings_of_a_later_version_and_what_may_change_do_not_matter(copy, verify):
