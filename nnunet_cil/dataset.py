@@ -71,12 +71,15 @@ def _check_given(schedule: Schedule, checkpoint: Path) -> None:
 
 
 def _write_case(case: Case, name: str, images: Path, labels: Path, ending: str, reader: Any) -> None:
-    """Link a case's images and write its labels in the new values."""
+    """Link a case's images and write its labels in the new values; both have the spacing of the images."""
     for channel, image in enumerate(case.images):
         nnunet_api.link_or_copy(image, images / f"{name}_{channel:04d}{ending}", symbolic=True)
     seg, properties = reader.read_seg(str(case.label))
     label = labels / f"{name}{ending}"
     reader.write_seg(apply_remap(seg[0], case.table), str(label), properties)
+    if (spacing := nnunet_api.spacing_file(case.images[0])) is not None:
+        for folder in (images, labels):
+            shutil.copyfile(spacing, folder / f"{name}.json")
     nnunet_api.check_written(label, reader)
 
 
@@ -167,7 +170,10 @@ def _listing(cases: Mapping[str, tuple[int, Case]]) -> dict[str, Any]:
 
 def _file_states(cases: Mapping[str, tuple[int, Case]]) -> dict[str, list[list[int]]]:
     """Size and time of change of each subject's label and images, by which a change is noticed without reading them."""
-    states = {name: [path.stat() for path in (case.label, *case.images)] for name, (_, case) in cases.items()}
+    files = {
+        name: (case.label, *case.images, nnunet_api.spacing_file(case.images[0])) for name, (_, case) in cases.items()
+    }
+    states = {name: [path.stat() for path in filter(None, found)] for name, found in files.items()}
     return {name: [[state.st_size, state.st_mtime_ns] for state in found] for name, found in states.items()}
 
 
@@ -297,7 +303,7 @@ def _check_same_cases(chain: Chain, step: int | str, cases: Sequence[Case]) -> N
     if not folder.is_dir():
         return
     ending = dataset_json_of(folder)["file_ending"]
-    before = {path.name.removesuffix(ending) for path in (folder / "labelsTr").iterdir()}
+    before = {path.name.removesuffix(ending) for path in (folder / "labelsTr").glob(f"*{ending}")}
     now = {case.name for case in cases}
     if before != now:
         raise ValueError(
@@ -414,7 +420,8 @@ def _preprocess(chain: Chain, step: int | str, cases: Sequence[Case], scans: Map
     derive, anew = [], []
     for case in cases:
         label = chain.raw(step) / "labelsTr" / f"{case.name}{dataset_json['file_ending']}"
-        nnunet_api.link_or_copy(label, labels / label.name)
+        for file in filter(None, (label, nnunet_api.spacing_file(label, is_label=True))):
+            nnunet_api.link_or_copy(file, labels / file.name)
         common = (folder / case.name, plans, configuration, dataset_json)
         if case.name in donors:
             derive.append((donors[case.name] / case.name, label, scans[case.label].crop, *common))

@@ -44,6 +44,7 @@ UNREADABLE = (RuntimeError, OSError, EOFError, ValueError, LookupError, TypeErro
 PATH_VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 NETWORK_PACKAGES = ("torch", "dynamic_network_architectures", "nnunetv2")
 """From where the classes may be that plans name; nnU-Net itself would import and call anything."""
+TIFF = (".tif", ".tiff")
 MAX_OF_NETWORK = 10_000  # stages, convolutions, features, kernel sizes
 
 
@@ -109,6 +110,15 @@ def image_lists(folder: Path, file_ending: str) -> dict[str, list[Path]]:
         if path.name.endswith(file_ending) and re.fullmatch(r"_\d{4}", path.name[-suffix : -len(file_ending)]):
             found.setdefault(path.name[:-suffix], []).append(path)
     return found
+
+
+def spacing_file(path: Path, is_label: bool = False) -> Path | None:
+    """Where nnU-Net reads the spacing of a TIFF, ``CASE.json`` for ``CASE_0000.tif`` and the label ``CASE.tif``.
+
+    None where there is no such file.
+    """
+    found = path.with_name((path.stem if is_label else path.stem[: -len("_0000")]) + ".json")
+    return found if path.suffix.lower() in TIFF and found.is_file() else None
 
 
 def reader_writer(dataset_json: Mapping[str, Any], example: Path) -> Any:
@@ -465,6 +475,8 @@ def predict(
                     export_prediction_from_logits(logits, properties, chosen, manager, dataset_json, str(partial))
                     written = Path(f"{partial}{ending}")
                     check_written(written, manager.image_reader_writer_class())
+                if (spacing := spacing_file(written, is_label=True)) is not None:
+                    os.replace(spacing, output / f"{case}.json")
                 os.replace(written, output / f"{case}{ending}")
 
             call(export)

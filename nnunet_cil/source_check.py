@@ -80,7 +80,7 @@ def _read(case: Case, dataset_json: dict[str, Any]) -> tuple[np.ndarray, np.ndar
         reader = nnunet_api.reader_writer(dataset_json, case.label)
         if not difference:
             images, properties = reader.read_images([str(path) for path in case.images])
-            seg, _ = reader.read_seg(str(case.label))
+            seg, of_label = reader.read_seg(str(case.label))
             for path in (*case.images, case.label):
                 nnunet_api.read_to_the_end(path)
     except Exception as error:
@@ -91,6 +91,9 @@ def _read(case: Case, dataset_json: dict[str, Any]) -> tuple[np.ndarray, np.ndar
         raise ValueError(f"{case.label}: {difference}")
     if images.shape[1:] != seg.shape[1:]:
         raise ValueError(f"{case.label}: got size {seg.shape[1:]}, expected {images.shape[1:]} as the image.")
+    got, expected = (tuple(each["spacing"]) for each in (of_label, properties))
+    if nnunet_api.spacing_file(case.label, is_label=True) and not np.allclose(got, expected, rtol=SPACING_TOLERANCE):
+        raise ValueError(f"{case.label}: got spacing {got} mm, expected {expected} mm as {case.images[0].name}.")
     for path, voxels, files in ((case.images[0], images, case.images), (case.label, seg, [case.label])):
         if not np.isfinite(voxels).all() or any(map(_hides_not_finite, files)):
             raise ValueError(f"{path}: got voxels that are not finite (NaN or infinite), expected numbers.")
@@ -98,7 +101,7 @@ def _read(case: Case, dataset_json: dict[str, Any]) -> tuple[np.ndarray, np.ndar
         raise ValueError(
             f"{case.label}: got label values {unknown}, expected only {sorted(case.table)} of dataset.json."
         )
-    return images, seg, tuple(properties["spacing"])
+    return images, seg, expected
 
 
 def _scan(case: Case, dataset_json: dict[str, Any], wanted: Mapping[int | str, tuple[Mapping[int, int], int]]) -> Scan:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import SimpleITK
+import tifffile
 
 from nnunet_cil.chain import Chain
 from nnunet_cil.dataset import prepare_chain
@@ -78,6 +79,20 @@ def copied(source: Path, folder: Path) -> Path:
 
 def read_json(path: Path):
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def as_tiff(folder: Path, spacing_mm: tuple[float, ...]) -> Path:
+    """A raw dataset as TIFF, with the spacing in nnU-Net's CASE.json beside images and labels."""
+    for path in list(folder.glob("*Tr/*.nii.gz")):
+        tifffile.imwrite(
+            str(path).replace(".nii.gz", ".tif"), SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path)))
+        )
+        write_json(
+            path.with_name(path.name.split("_0000")[0].removesuffix(".nii.gz") + ".json"), {"spacing": spacing_mm}
+        )
+        path.unlink()
+    write_json(folder / "dataset.json", {**read_json(folder / "dataset.json"), "file_ending": ".tif"})
+    return folder
 
 
 def rewrite(path: Path, change) -> None:

@@ -13,6 +13,7 @@ from unittest.mock import ANY
 import numpy as np
 import pytest
 import SimpleITK
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 
 from nnunet_cil import dataset, driver, nnunet_api
 from nnunet_cil.block import BLOCK_KEY, StepBlock
@@ -26,10 +27,12 @@ from tests.conftest import write_schedule, write_tiny_dataset
 from tests.datasets import (
     IDENTIFIER,
     VANISHED,
+    as_tiff,
     copied,
     cut,
     lacking,
     read_json,
+    refusal,
     relabelling,
     rewrite,
     set_voxel,
@@ -405,6 +408,40 @@ def test_a_variant_that_was_changed_is_neither_trained_nor_shown(source, nnunet_
     for go_on in (driver.prepare, driver.write_report):
         with pytest.raises(ValueError, match=r"strong: got other settings .*\n  lambda_pgcd: 3.0 then, 30.0 now\nGive"):
             go_on(other, ["strong"], [])
+
+
+def test_tiffs_keep_the_spacing_that_stands_beside_them(source, nnunet_folders, tmp_path):
+    spacing = [4.0, 1.0, 1.0]
+    folder = as_tiff(copied(source, tmp_path), spacing)
+    (folder / "labelsTr" / "case_2.json").unlink()
+    (folder / "labelsTr" / "case_3.json").unlink()
+    chain = Chain.open(load_schedule(write_schedule(tmp_path / "tiff.yaml", folder)))
+    prepare_chain(chain, [chain.variant("pgcd", 0)])
+    places = [chain.raw(step) / name for step in (1, 2) for name in ("imagesTr", "labelsTr")]
+    places += [chain.preprocessed(step) / "gt_segmentations" for step in (1, 2)]
+    places += [chain.folder / "test" / name for name in ("images", "labels")]
+    reader = Tiff3DIO()
+    for place in places:
+        read = reader.read_images if "images" in place.name else lambda files: reader.read_seg(*files)
+        files = sorted(place.glob("*.tif"))
+        assert len(files) == (1 if place.parent.name == "test" else 3)
+        assert [read([str(path)])[1]["spacing"] for path in files] == [spacing] * len(files)
+    for step in (1, 2):
+        data = nnunet_api.preprocessed_dataset(chain.preprocessed(step) / IDENTIFIER)
+        assert [list(data.load_case(case)[3]["spacing"]) for case in data.identifiers] == [spacing] * 3
+    prepare_chain(chain, [chain.variant("pgcd", 0)])  # the files with spacings are no cases
+    before = scored_as(chain)
+    write_json(folder / "imagesTr" / "case_3.json", {"spacing": [2.0, 1.0, 1.0]})
+    prepare_chain(chain, [chain.variant("pgcd", 0)])
+    assert scored_as(chain)["test_sha256"] != before["test_sha256"]
+    assert read_json(chain.folder / "test" / "labels" / "case_3.json") == {"spacing": [2.0, 1.0, 1.0]}
+
+
+def test_a_tiff_label_of_another_spacing_than_its_image_is_refused(source, nnunet_folders, tmp_path):
+    folder = as_tiff(copied(source, tmp_path), (4.0, 1.0, 1.0))
+    write_json(folder / "labelsTr" / "case_1.json", {"spacing": [1.0, 1.0, 4.0]})
+    said = refusal(load_schedule(write_schedule(tmp_path / "tiff.yaml", folder)), nnunet_folders)
+    assert "case_1.tif: got spacing (1.0, 1.0, 4.0) mm, expected (4.0, 1.0, 1.0) mm as case_1_0000.tif." in said
 
 
 def test_changed_test_set_is_written_anew(source, nnunet_folders, tmp_path):
