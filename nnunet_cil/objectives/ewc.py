@@ -44,9 +44,9 @@ class EWC(Finetune):
     """Finetuning with a quadratic penalty on leaving what mattered for the old classes (eq. 3).
 
     Differs from the paper: the Fisher information is estimated on the new scans, as the old ones are gone, once at the
-    start of each step from the model before (one teacher, no sum over steps). As in the code of MiB and PLOP, from
-    which the coefficient is, the largest entry of each parameter is 1, and there is no factor of one half. The rows of
-    new classes are free.
+    start of each step from the model before (one teacher, no sum over steps). As in the code of MiB and PLOP the
+    largest entry of each parameter is 1, and there is no factor of one half; the coefficient is PLOP's (MiB's is 500).
+    The rows of new classes are free.
     """
 
     def start(self, teacher, anchor, patches):

@@ -17,7 +17,8 @@ class PLOP(Objective):
     Differs from the paper: strips run along three axes instead of two; the layers are all stages of nnU-Net's encoder
     and decoder; the adaptive factor nu (eq. 9) is taken over the batch and scales nnU-Net's Dice and cross-entropy;
     a voxel with a declared ignore label counts as not accepted in it. The factor sqrt(all / new classes) of the POD
-    terms, background among all, is the authors' code.
+    terms, background among all, is the authors' code. The logits are those at full resolution, and their term is not
+    divided by the number of layers, see docs/methods.md.
     """
 
     pseudo_label_rule = "entropy"
