@@ -99,7 +99,7 @@ def _export_fold(source: Path, target: Path, trainer: str, configuration: str) -
     target.mkdir()
     lineage = check_fold(source, Files()) if (source / LINEAGE_FILE).is_file() else None
     checkpoint = read_checkpoint(source / CHECKPOINT)
-    kept = {key: checkpoint[key] for key in KEPT_OF_CHECKPOINT}
+    kept = {key: checkpoint[key] for key in KEPT_OF_CHECKPOINT if key in checkpoint}
     init_args = {"configuration": configuration, "fold": checkpoint["init_args"]["fold"]}
     torch.save({**kept, "trainer_name": trainer, "init_args": init_args}, target / CHECKPOINT)
     if (prototypes := source / PROTOTYPE_FILE).is_file():

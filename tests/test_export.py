@@ -16,12 +16,13 @@ import SimpleITK
 import torch
 
 from nnunet_cil.chain import Chain
+from nnunet_cil.checkpoint import read_checkpoint
 from nnunet_cil.cli.main import main
 from nnunet_cil.environment import trainer_path_variable
 from nnunet_cil.export import CARD_FILE, card_text, export_model, read_card
-from nnunet_cil.step_files import write_json
+from nnunet_cil.step_files import CHECKPOINT, write_json
 from tests import shell
-from tests.test_trainer import make_chain, module_patch, train  # noqa: F401  (a fixture)
+from tests.test_trainer import fold_of, make_chain, module_patch, train  # noqa: F401  (a fixture)
 
 SUBJECT = re.compile(rb"case_\d")
 
@@ -61,6 +62,17 @@ def test_archive_and_folder_hold_the_same_and_nothing_of_people_or_machines(chai
         assert not SUBJECT.search(content), name
         if name.endswith(".json"):
             assert not re.search(rf"\b{re.escape(platform.node())}\b".encode(), content), name
+
+
+def test_a_checkpoint_that_says_nothing_of_mirroring_is_exported_so(chain, tmp_path, monkeypatch):
+    without = {
+        key: value for key, value in read_checkpoint(fold_of(chain, 1) / CHECKPOINT).items() if "mirror" not in key
+    }
+    monkeypatch.setattr("nnunet_cil.export.read_checkpoint", lambda path: without)
+    export_model(chain, chain.variant("pgcd", 0), 1, ["all"], tmp_path / "silent", None)
+    (exported,) = (tmp_path / "silent").rglob("*.pth")
+    found = torch.load(exported, weights_only=False)
+    assert set(found) == {"network_weights", "trainer_name", "init_args"}, "stock nnU-Net then mirrors along no axis"
 
 
 def test_card_says_what_the_model_is_and_its_hashes_hold(archive, capsys):

@@ -6,6 +6,7 @@ import json
 import shutil
 import stat
 import zipfile
+from argparse import Namespace
 from pathlib import Path
 from time import monotonic, sleep
 
@@ -15,6 +16,7 @@ import yaml
 
 from nnunet_cil import nnunet_api
 from nnunet_cil.chain import Chain
+from nnunet_cil.cli import extend
 from nnunet_cil.cli.main import main
 from nnunet_cil.dataset import prepare_chain
 from nnunet_cil.driver import prepare, run, status, variants_of, write_report
@@ -500,3 +502,11 @@ def test_exchanged_sides_of_a_class_are_refused(tmp_path, monkeypatch, capsys, g
     assert main(["extend", str(tmp_path), "--with", "new", "--classes", "liver", given]) == 1
     assert f"--classes: got {given}, expected NAME=LABEL: {meant}." in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("named", ["7", "Dataset007_Pan-creas"])
+def test_extend_finds_a_model_by_number_or_name_of_its_dataset(nnunet_folders, named):
+    folder = nnunet_folders["nnUNet_results"] / "Dataset007_Pan-creas"
+    folder.mkdir()
+    args = Namespace(model=named, trainer="nnUNetTrainer", plans="nnUNetPlans", configuration="3d_fullres")
+    assert extend._model(args) == folder / "nnUNetTrainer__nnUNetPlans__3d_fullres"

@@ -20,6 +20,7 @@ from nnunet_cil.schedule import (
     Training,
     load_schedule,
 )
+from nnunet_cil.schedule.raw_datasets import cases_in
 
 ROOT = Path(__file__).parents[1]
 ORGANS = ("liver", "spleen", "right_kidney", "left_kidney")
@@ -306,6 +307,13 @@ def test_problems_of_what_is_unlabelled_are_told_at_once(raw, tmp_path):
     assert len(lines) == 2
     assert "unlabelled: got 2 cases that do not exist: ['s8', 's9']" in lines[0]
     assert "unlabelled: got unknown labels ['background', 'lung']" in lines[1]
+
+
+@pytest.mark.parametrize("case", ["scan_2020.é 1", "a_0000.b", "s1"])
+def test_names_of_cases_end_where_channel_and_file_ending_begin(tmp_path, case):
+    for name in (f"{case}_0000.nii.gz", f"{case}_0001.nii.gz"):
+        (tmp_path / name).touch()
+    assert cases_in(tmp_path) == {case}
 
 
 def without(key: str) -> dict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -102,10 +103,12 @@ def _model(args: argparse.Namespace) -> Path:
     """
     from nnunet_cil.nnunet_api import model_folder_name, nnunet_paths
 
-    if not args.model.isdigit() and (Path(args.model).exists() or not re.fullmatch(r"Dataset\d{3}_\w+", args.model)):
+    if not args.model.isdigit() and (
+        Path(args.model).exists() or not re.fullmatch(r"Dataset\d{3}_[^/\\]+", args.model)
+    ):
         return Path(args.model).absolute()
     results = nnunet_paths()["nnUNet_results"]
-    found = list(results.glob(f"Dataset{int(args.model):03d}_*" if args.model.isdigit() else args.model))
+    found = list(results.glob(f"Dataset{int(args.model):03d}_*" if args.model.isdigit() else glob.escape(args.model)))
     if len(found) != 1:
         raise ValueError(f"{args.model}: got {len(found)} such datasets in {results}, expected one with the model.")
     return found[0] / model_folder_name(args.trainer, args.plans, args.configuration)

@@ -18,6 +18,7 @@ UNLABELLED = "a CSV with the columns case and class, or a JSON object of cases w
 MAX_SHOWN = 100
 """Characters of a value in a message."""
 MAX_SHOWN_DATASETS = 5
+_CHANNEL_AND_ENDING = re.compile(r"_\d{4}(\.[A-Za-z0-9]{1,8}){1,3}$")
 
 
 def dataset_of(reading: Reading, key: str, value: Any) -> Path | None:
@@ -187,7 +188,7 @@ def read_declared(
 def cases_in(images: Path) -> set[str]:
     """Names of the cases in a folder of images in nnU-Net's naming; none where there is no folder."""
     files = images.iterdir() if images.is_dir() else ()
-    return {re.sub(r"_\d{4}\..*$", "", file.name) for file in files}
+    return {_CHANNEL_AND_ENDING.sub("", file.name) for file in files}
 
 
 def _values_of(labels: Any) -> dict[str, int] | None:
