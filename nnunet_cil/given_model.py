@@ -224,6 +224,8 @@ def check_plans(plans: Mapping[str, Any], where: str) -> None:
     for key, value in named:
         if not is_name(value):
             raise ValueError(f"{where}: got plans with {key} {value!r}, expected {EXPECTED_NAME}.")
+        if "__" in value and key in ("plans_name", "configurations"):
+            raise ValueError(f"{where}: got plans with {key} {value!r}, expected no __, which parts a folder's name.")
 
 
 def check_no_cascade(plans: Mapping[str, Any], configuration: str, where: str) -> None:

@@ -111,6 +111,10 @@ BAD = {
         lambda root: write_model(root / MODEL, plans={"plans_name": "../x", "configurations": {"3d_fullres": {}}}),
         r"plans with plans_name '\.\./x'",
     ),
+    "plans whose name parts that of the folder": (
+        lambda root: write_model(root / MODEL, plans={"plans_name": "my__plans", "configurations": {"3d_fullres": {}}}),
+        "plans with plans_name 'my__plans', expected no __",
+    ),
     "configuration": (
         lambda root: write_model(root / MODEL, plans={"plans_name": "nnUNetPlans", "configurations": {"2d": {}}}),
         "not among .'2d'.",

@@ -136,6 +136,8 @@ def variants_of(reading: Reading, value: Any, base: Mapping[str, Any]) -> dict[s
             reading.problem(
                 f"variants: {name}", repr(name), f"lower-case letters, digits and _: at most {MAX_NAME_BYTES // 2}"
             )
+        if "__" in name:
+            reading.problem(f"variants: {name}", repr(name), "no __, which parts the name of a model's folder")
         if re.search(r"(^|_)seed(\d+|none)$", name):
             reading.problem(
                 f"variants: {name}",
