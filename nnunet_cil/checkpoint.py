@@ -8,6 +8,7 @@ functions of ours here, which know numbers and arrays of numbers.
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -65,6 +66,19 @@ _ALLOWED = [
 ]
 
 
+def _check_packing(path: Path) -> None:
+    """Refuse a zip that takes more memory than it has bytes, or that another reader might take for another one."""
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\3\4":  # as PyTorch tells its older format from a zip
+            return
+    with zipfile.ZipFile(path) as zipped:
+        entries = zipped.infolist()
+    is_stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+    begins = min((entry.header_offset for entry in entries), default=0) == 0
+    if not (is_stored and begins and sum(entry.file_size for entry in entries) <= path.stat().st_size):
+        raise UnpicklingError("a zip that is packed as PyTorch packs none")
+
+
 def read_checkpoint(path: Path, mapped: bool = False) -> dict[str, Any]:
     """A checkpoint that nnU-Net wrote, its tensors on the CPU. Nothing in it is called.
 
@@ -73,11 +87,13 @@ def read_checkpoint(path: Path, mapped: bool = False) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds anything but tensors, containers, text and numbers, is damaged, or no checkpoint.
+        ValueError: it holds anything but tensors, containers, text and numbers, would unpack to more than its size, is
+            damaged, or no checkpoint.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: got no file, expected a checkpoint of nnU-Net.")
     try:
+        _check_packing(path)
         with torch.serialization.safe_globals(_ALLOWED):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged file makes PyTorch raise a dozen kinds

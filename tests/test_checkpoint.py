@@ -153,6 +153,40 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, content, message):
         read_checkpoint(tmp_path / "b.pth")
 
 
+def repack(path: Path, packing: int = zipfile.ZIP_STORED) -> None:
+    with zipfile.ZipFile(path) as zipped:
+        entries = {name: zipped.read(name) for name in zipped.namelist()}
+    with zipfile.ZipFile(path, "w", packing) as zipped:
+        for name, content in entries.items():
+            zipped.writestr(name, content)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_small_file_that_takes_much_memory_is_refused(tmp_path, mapped):
+    path = tmp_path / "a.pth"
+    torch.save({"network_weights": {"a": torch.zeros(10**6)}}, path)
+    repack(path)
+    assert read_checkpoint(path, mapped)["network_weights"]["a"].numel() == 10**6
+    repack(path, zipfile.ZIP_DEFLATED)
+    assert path.stat().st_size < 10**4
+    with pytest.raises(ValueError, match="a zip that is packed as PyTorch packs none"):
+        read_checkpoint(path, mapped)
+
+
+def test_a_zip_that_two_readers_take_for_different_ones_is_refused(tmp_path):
+    for name in ("a.pth", "b.pth"):
+        torch.save({"network_weights": WEIGHTS}, tmp_path / name)
+    with (tmp_path / "a.pth").open("ab") as file:
+        file.write((tmp_path / "b.pth").read_bytes())
+    with pytest.raises(ValueError, match="a zip that is packed as PyTorch packs none"):
+        read_checkpoint(tmp_path / "a.pth")
+
+
+def test_the_older_format_of_pytorch_is_read(tmp_path):
+    torch.save({"network_weights": WEIGHTS}, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
+    assert same(read_checkpoint(tmp_path / "a.pth"), {"network_weights": WEIGHTS})
+
+
 def make_hostile(path: Path, written: Path) -> None:
     """A checkpoint that is one in all else."""
     content = torch.load(path, weights_only=True)
