@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from nnunet_cil.labels import RESERVED, check_regions, classes_of
 from nnunet_cil.step_files import CHECKPOINT, LINEAGE_FILE, PROTOTYPE_FILE, whole_folder, write_json
-from nnunet_cil.untrusted import EXPECTED_ENDING, EXPECTED_NAME, MAX_JSON_BYTES, is_ending, is_name, parse_json
+from nnunet_cil.untrusted import EXPECTED_ENDING, EXPECTED_NAME, MAX_MODEL_JSON_BYTES, is_ending, is_name, parse_json
 
 MAX_BYTES = 50_000_000_000
 MAX_RATIO = 100  # of what a zip unpacks to; weights hardly shrink
@@ -282,5 +282,5 @@ def _json(path: Path, member: str) -> dict[str, Any]:
     with _opened(path, member) as file:
         if file is None:
             raise ValueError(f"{path}: got no {member}, expected nnU-Net's file of that name beside the folds.")
-        text = file.read(MAX_JSON_BYTES + 1)
-    return parse_json(text, f"{path}: {member}", "nnU-Net's own")
+        text = file.read(MAX_MODEL_JSON_BYTES + 1)
+    return parse_json(text, f"{path}: {member}", "nnU-Net's own", MAX_MODEL_JSON_BYTES)

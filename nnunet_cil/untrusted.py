@@ -8,6 +8,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 MAX_JSON_BYTES = 100_000_000
+MAX_MODEL_JSON_BYTES = 5_000_000  # a dataset.json that lists ten thousand cases
+MAX_JSON_ENTRIES = 5_000_000  # each takes about a hundred bytes of memory
 MAX_DEPTH = 100
 MAX_NAME_BYTES = 150  # a file system's 255 less what is put around a name
 EXPECTED_NAME = (
@@ -66,19 +68,22 @@ def check_extent(content: Any, max_entries: int | None = None) -> None:
                 raise ValueError("a number of more than 64 bits")
 
 
-def parse_json(text: str | bytes, where: Any, expected: str) -> dict[str, Any]:
+def parse_json(text: str | bytes, where: Any, expected: str, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """A JSON object.
 
     Args:
         where: the file, for the message.
         expected: what it should be, for the message.
+        max_bytes: that it may have.
 
     Raises:
         ValueError: it is none, too large or too deep.
     """
     try:
-        if len(text) > MAX_JSON_BYTES:
-            raise ValueError(f"more than {MAX_JSON_BYTES} bytes")
+        if len(text) > max_bytes:
+            raise ValueError(f"more than {max_bytes} bytes")
+        if sum(text.count(mark if isinstance(text, str) else mark.encode()) for mark in ",[{") > MAX_JSON_ENTRIES:
+            raise ValueError(f"more than {MAX_JSON_ENTRIES} entries")
         content = json.loads(text)
         check_extent(content)
     except (ValueError, RecursionError) as error:

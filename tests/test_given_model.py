@@ -115,6 +115,10 @@ BAD = {
         lambda root: write_model(root / MODEL, plans={"plans_name": "my__plans", "configurations": {"3d_fullres": {}}}),
         "plans with plans_name 'my__plans', expected no __",
     ),
+    "plans that fill the memory": (
+        lambda root: write_model(root / MODEL, plans={"plans_name": "nnUNetPlans", "x": [[]] * 1_300_000}),
+        r"plans.json: got no JSON that can be read \(more than 5000000 bytes\)",
+    ),
     "configuration": (
         lambda root: write_model(root / MODEL, plans={"plans_name": "nnUNetPlans", "configurations": {"2d": {}}}),
         "not among .'2d'.",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from nnunet_cil import untrusted
 from nnunet_cil.chain import NUMBERS_LOCK, Chain
 from nnunet_cil.cli.main import main
 from nnunet_cil.convert import msd
@@ -59,8 +60,20 @@ def test_json_that_is_too_deep_too_large_or_none():
     ):
         with pytest.raises(ValueError, match=message):
             parse_json(text, "f", "e")
+    with pytest.raises(ValueError, match="more than 10 bytes"):
+        parse_json('{"a": "12345"}', "f", "e", max_bytes=10)
     with pytest.raises(ValueError, match="more than 3 entries"):
         check_extent([[1], [1], [1]], max_entries=3)
+
+
+@pytest.mark.parametrize("text", ['{"a": [1, 1, 1]}', '{"a": [[], []]}', '{"a": [{}, {}]}', b'{"a": [[], []]}'])
+def test_json_of_too_many_entries_is_refused_before_they_are_made(monkeypatch, text):
+    monkeypatch.setattr(untrusted, "MAX_JSON_ENTRIES", 4)
+    assert parse_json('{"a": [1, 1]}', "f", "e") == {"a": [1, 1]}
+    monkeypatch.setattr(untrusted, "MAX_JSON_ENTRIES", 3)
+    monkeypatch.setattr(untrusted.json, "loads", lambda text: pytest.fail("it was parsed"))
+    with pytest.raises(ValueError, match="more than 3 entries"):
+        parse_json(text, "f", "e")
 
 
 def test_json_of_a_file(tmp_path):
