@@ -416,7 +416,8 @@ def _preprocess(chain: Chain, step: int | str, cases: Sequence[Case], scans: Map
     shutil.rmtree(labels, ignore_errors=True)
     labels.mkdir()
     dataset_json = dataset_json_of(chain.raw(step))
-    donors = _donors(chain, step, identifier) if nnunet_api.can_derive(plans, configuration) else {}
+    can_derive = nnunet_api.can_derive(plans, configuration, dataset_json, cases[0].images[0])
+    donors = _donors(chain, step, identifier) if can_derive else {}
     derive, anew = [], []
     for case in cases:
         label = chain.raw(step) / "labelsTr" / f"{case.name}{dataset_json['file_ending']}"

@@ -281,11 +281,17 @@ def preprocess_case(
     )
 
 
-def can_derive(plans: Mapping[str, Any], configuration: str) -> bool:
-    """Whether the preprocessor is nnU-Net's default one, whose handling of labels ``derive_case`` follows."""
+def can_derive(plans: Mapping[str, Any], configuration: str, dataset_json: Mapping[str, Any], example: Path) -> bool:
+    """Whether ``derive_case`` does as nnU-Net would: with its default preprocessor, and the reader that crops are of.
+
+    Args:
+        example: an image of the dataset.
+    """
     from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 
-    return plans_manager(plans).get_configuration(configuration).preprocessor_class is DefaultPreprocessor
+    manager = plans_manager(plans)
+    is_default = manager.get_configuration(configuration).preprocessor_class is DefaultPreprocessor
+    return is_default and type(reader_writer(dataset_json, example)) is manager.image_reader_writer_class
 
 
 def derive_case(

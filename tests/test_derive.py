@@ -12,9 +12,11 @@ from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerp
 
 from nnunet_cil import nnunet_api
 from nnunet_cil.chain import JOINT, Chain
-from nnunet_cil.dataset import prepare_chain
+from nnunet_cil.dataset import base_plans, prepare_chain
 from nnunet_cil.schedule import load_schedule
+from nnunet_cil.step_files import write_json
 from tests.conftest import QUICK_SAMPLES, write_schedule, write_tiny_dataset
+from tests.datasets import read_json, rewrite
 
 
 def assert_equal(ours, theirs):
@@ -70,6 +72,29 @@ def test_derived_files_equal_nnunets_own(nnunet_folders, tmp_path, monkeypatch, 
             assert -1 in ours_case[1][:], "the case shows nothing if no voxel lies outside"
             assert (ours.parent / "gt_segmentations" / label.name).read_bytes() == label.read_bytes()
         assert len(list(ours.glob("*.pkl"))) == len(list((ours.parent / "gt_segmentations").iterdir())) == 2
+
+
+def test_plans_with_another_reader_than_the_dataset_have_nnunets_own_labels(nnunet_folders, tmp_path):
+    """One reader turns axes that the other leaves: the mask of zero voxels of one is not that of the other."""
+    source = write_tiny_dataset(tmp_path / "source", n_cases=3, outside=True, shape=(18, 24, 26))
+    for path in (source / "imagesTr").iterdir():
+        rewrite(path, lambda array: array * (np.indices(array.shape)[1] > 5))
+    first = Chain.open(load_schedule(write_schedule(tmp_path / "first.yaml", source, name="first")))
+    prepare_chain(first, [first.variant("pgcd", 0)])
+    write_json(tmp_path / "base.json", base_plans(first))
+    path = source / "dataset.json"
+    write_json(path, {**read_json(path), "overwrite_image_reader_writer": "NibabelIOWithReorient"})
+    chain = Chain.open(load_schedule(write_schedule(tmp_path / "s.yaml", source, plans="{base: base.json}")))
+    prepare_chain(chain, [chain.variant("pgcd", 0)])
+    raw, theirs = chain.raw(2), tmp_path / "theirs"
+    theirs.mkdir()
+    for case, (images, label) in nnunet_api.training_cases(raw).items():
+        nnunet_api.preprocess_case(
+            images, label, theirs / case, base_plans(chain), "3d_fullres", read_json(raw / "dataset.json")
+        )
+        folders = (chain.preprocessed(2) / "nnUNetPlans_3d_fullres", theirs)
+        ours, expected = (nnunet_api.preprocessed_dataset(folder).load_case(case)[1][:] for folder in folders)
+        np.testing.assert_array_equal(ours, expected)
 
 
 def test_fingerprints_equal_nnunets_own(nnunet_folders, tmp_path, monkeypatch):
