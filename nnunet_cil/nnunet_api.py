@@ -128,6 +128,17 @@ def reader_writer(dataset_json: Mapping[str, Any], example: Path) -> Any:
     return determine_reader_writer_from_dataset_json(dict(dataset_json), str(example), verbose=False)()
 
 
+def can_read(reader: Any, file_ending: str) -> bool:
+    """Whether nnU-Net has an image reader of this name, and files of this type are among its own."""
+    from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
+
+    try:
+        found = recursive_find_reader_writer_by_name(reader)
+    except (RuntimeError, TypeError):  # not there, or no text
+        return False
+    return file_ending.lower() in getattr(found, "supported_file_endings", ())
+
+
 @contextmanager
 def environment_variable(name: str, value: str) -> Iterator[None]:
     """Set an environment variable for a block and restore it after."""

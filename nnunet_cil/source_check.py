@@ -187,12 +187,9 @@ def warn_of_axes(schedule: Schedule, scans: Mapping[Path, Scan], tested: Mapping
 
     Nothing is said where the reader of the plans turns all images the same way.
     """
-    if schedule.model is not None:
-        reader = schedule.model.plans.get("image_reader_writer")
-    elif schedule.base_plans is not None:
-        reader = read_json(schedule.base_plans, "a plans.json of nnU-Net").get("image_reader_writer")
-    else:
-        reader = dataset_json_of(first_source(schedule)).get("overwrite_image_reader_writer")
+    given = _given_plans(schedule)
+    dataset_json = dataset_json_of(first_source(schedule))
+    reader = dataset_json.get("overwrite_image_reader_writer") if given is None else given.get("image_reader_writer")
     if "Reorient" in str(reader):
         return
     found: dict[str, list[str]] = {}
@@ -208,6 +205,13 @@ def warn_of_axes(schedule: Schedule, scans: Mapping[Path, Scan], tested: Mapping
             schedule.file,
             shown,
         )
+
+
+def _given_plans(schedule: Schedule) -> Mapping[str, Any] | None:
+    """Of a given model or of ``plans: base``; None if nnU-Net plans the chain."""
+    if schedule.model is not None:
+        return schedule.model.plans
+    return None if schedule.base_plans is None else read_json(schedule.base_plans, "a plans.json of nnU-Net")
 
 
 def _problems(scans: Iterable[Scan]) -> list[str]:
@@ -268,6 +272,7 @@ def check_sources(
     problems += dict.fromkeys(problem for of_step in own_steps for problem in _same_images(of_step))
     first = dataset_json_of(first_source(schedule))
     problems += _differences_to_model(schedule, first)
+    problems += _unfit_reader(schedule, first["file_ending"])
     for step in [step for step in schedule.own_steps if step in cases]:
         folder = step_source(schedule, step)
         for key in ("channel_names", "file_ending"):
@@ -421,6 +426,17 @@ def _differences_to_model(schedule: Schedule, own: Mapping[str, Any]) -> list[st
     return [
         f"{schedule.file}: model: got a model for the channels {theirs}, expected {mine} as in the new data: number, "
         "order and kind decide how images are normalised. Use data of the same kind."
+    ]
+
+
+def _unfit_reader(schedule: Schedule, ending: str) -> list[str]:
+    given = _given_plans(schedule)
+    if given is None or nnunet_api.can_read(reader := given.get("image_reader_writer"), ending):
+        return []
+    return [
+        f"{schedule.file}: {'plans: base' if schedule.model is None else 'model'}: got plans with the image reader "
+        f"{reader!r}, expected one of nnU-Net's that takes {ending} files, as the new data are. Convert the data to a "
+        "type that it takes."
     ]
 
 

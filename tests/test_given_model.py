@@ -458,6 +458,19 @@ def test_data_of_another_kind_and_classes_it_has_are_refused(first, tmp_path, mo
         load_schedule(write_extension(tmp_path, given, intensity="whole_image"))
 
 
+def test_a_model_whose_reader_does_not_take_the_new_files_is_refused(tmp_path, monkeypatch):
+    move_away(tmp_path, monkeypatch)
+    model = fuzz.write_given(tmp_path / "given")
+    plans = json.loads((model / "plans.json").read_text(encoding="utf-8"))
+    write_tiny_dataset(tmp_path / "new", n_cases=4, seed=7, channel="CT")
+    path = write_extension(tmp_path, model, test=None)
+    for reader in ("NaturalImage2DIO", "np", None):
+        write_json(model / "plans.json", {**plans, "image_reader_writer": reader})
+        with pytest.raises(ValueError, match=rf"model: got plans with the image reader {reader!r}, .* takes .nii.gz"):
+            prepare(load_schedule(path), [], [])
+    assert not list((tmp_path / "nnUNet_raw").iterdir())
+
+
 def test_one_of_several_folds_teaches_all_new_scans(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = write_model(tmp_path / MODEL, folds=(0, 1))
