@@ -80,11 +80,14 @@ def export_model(
         card["sha256"] = {path.relative_to(model).as_posix(): sha256_of(path) for path in files}
         write_json(model / CARD_FILE, sealed(card))
         packed = archive.with_name(f".{archive.name}.part")
-        with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as zipped:
-            for path in sorted(partial.rglob("*")):
-                if path.is_file():
-                    zipped.write(path, path.relative_to(partial).as_posix())
-        os.replace(packed, archive)
+        try:
+            with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as zipped:
+                for path in sorted(partial.rglob("*")):
+                    if path.is_file():
+                        zipped.write(path, path.relative_to(partial).as_posix())
+            os.replace(packed, archive)
+        finally:
+            packed.unlink(missing_ok=True)
     return archive
 
 

@@ -176,6 +176,16 @@ def test_export_on_the_command_line(chain, tmp_path, capsys):
     assert "--step: got '3', expected a number from 1 to 2" in capsys.readouterr().err
 
 
+def test_an_export_that_fails_leaves_nothing_behind(chain, tmp_path, monkeypatch):
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(zipfile.ZipFile, "write", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        export_model(chain, chain.variant("pgcd", 0), 2, ["all"], tmp_path / "new" / "out", None)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_scores_are_on_the_card(chain, tmp_path):
     from nnunet_cil.evaluate import evaluation_file, scored_as
 
