@@ -14,6 +14,11 @@ from nnunet_cil.labels import cumulative_labels, remap_table, without_classes
 from nnunet_cil.schedule import Schedule
 from nnunet_cil.untrusted import dataset_json_of
 
+ONE_CHANNEL_A_FILE = (
+    "Files with several channels in each, as RGB or NIfTI of four dimensions, are not supported: split them into "
+    "CASE_0000, CASE_0001, ..."
+)
+
 
 @dataclass(frozen=True)
 class Case:
@@ -161,7 +166,7 @@ def held_out_cases(schedule: Schedule) -> dict[str, tuple[int, Case]]:
             if len(files) != len(reference["channel_names"]):
                 raise ValueError(
                     f"{files[0]}: got {len(files)} images of this test subject, expected one for each of the channels "
-                    f"{reference['channel_names']}."
+                    f"{reference['channel_names']}. {ONE_CHANNEL_A_FILE}"
                 )
             name = case if case not in found else f"set{number}_{case}"
             found[name] = (number, _case(name, files, label, table, test.values, test.unlabelled.get(case, ())))

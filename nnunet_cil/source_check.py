@@ -18,7 +18,16 @@ import numpy as np
 import SimpleITK
 
 from nnunet_cil import nnunet_api
-from nnunet_cil.cases import Case, file_id, final_labels, first_source, held_out_cases, step_source, step_table
+from nnunet_cil.cases import (
+    ONE_CHANNEL_A_FILE,
+    Case,
+    file_id,
+    final_labels,
+    first_source,
+    held_out_cases,
+    step_source,
+    step_table,
+)
 from nnunet_cil.chain import JOINT
 from nnunet_cil.labels import apply_remap
 from nnunet_cil.parallel import over_cases
@@ -73,7 +82,7 @@ def _read(case: Case, dataset_json: dict[str, Any]) -> tuple[np.ndarray, np.ndar
     if len(case.images) != n_channels:
         raise ValueError(
             f"{case.name}: got {len(case.images)} images, expected one for each of the {n_channels} channel_names of "
-            "dataset.json."
+            f"dataset.json. {ONE_CHANNEL_A_FILE}"
         )
     try:
         difference = _grid_difference(case.images, case.label)
@@ -89,6 +98,11 @@ def _read(case: Case, dataset_json: dict[str, Any]) -> tuple[np.ndarray, np.ndar
         ) from error
     if difference:
         raise ValueError(f"{case.label}: {difference}")
+    if len(images) != n_channels:
+        raise ValueError(
+            f"{case.images[0]}: got {len(images)} channels in {n_channels} files, expected one in each. "
+            f"{ONE_CHANNEL_A_FILE}"
+        )
     if images.shape[1:] != seg.shape[1:]:
         raise ValueError(f"{case.label}: got size {seg.shape[1:]}, expected {images.shape[1:]} as the image.")
     got, expected = (tuple(each["spacing"]) for each in (of_label, properties))

@@ -179,6 +179,30 @@ def test_data_that_do_not_fit_are_named_and_nothing_is_written(source, nnunet_fo
     )
 
 
+@pytest.mark.parametrize("kind", ["rgb", "rgb as one channel", "4d", "4d test subject"])
+def test_files_that_hold_several_channels_are_refused_as_such(source, nnunet_folders, tmp_path, kind):
+    folder = copied(source, tmp_path)
+    described = read_json(folder / "dataset.json")
+    names = {str(number): "MR" for number in range(1 if kind == "rgb as one channel" else 3)}
+    if "rgb" in kind:
+        for path in list(folder.glob("*Tr/*.nii.gz")):
+            voxels = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path)))[8].astype(np.uint8)
+            image = np.stack([voxels] * 3, -1) if path.parent.name == "imagesTr" else voxels
+            Image.fromarray(image).save(str(path).replace(".nii.gz", ".png"))
+            path.unlink()
+        described["file_ending"] = ".png"
+    else:
+        for path in (folder / "imagesTr").iterdir():
+            SimpleITK.WriteImage(SimpleITK.JoinSeries([SimpleITK.ReadImage(str(path))] * 3), str(path))
+    write_json(folder / "dataset.json", {**described, "channel_names": names})
+    plans = "{patch_size: [16, 16], features_per_stage: [4, 8, 8]}"
+    test = "test: [case_3]" if kind == "4d test subject" else ""
+    schedule = cut(folder, tmp_path, test, configuration="2d", plans=plans)
+    with pytest.raises(ValueError, match="with several channels in each, as RGB or NIfTI of four dimensions, are not"):
+        prepare_chain(Chain.open(schedule), [])
+    assert not list(nnunet_folders["nnUNet_raw"].iterdir())
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
