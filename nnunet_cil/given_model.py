@@ -16,7 +16,16 @@ from typing import IO, Any
 
 from nnunet_cil.labels import RESERVED, check_regions, classes_of
 from nnunet_cil.step_files import CHECKPOINT, LINEAGE_FILE, PROTOTYPE_FILE, whole_folder, write_json
-from nnunet_cil.untrusted import EXPECTED_ENDING, EXPECTED_NAME, MAX_MODEL_JSON_BYTES, is_ending, is_name, parse_json
+from nnunet_cil.untrusted import (
+    EXPECTED_ENDING,
+    EXPECTED_NAME,
+    EXPECTED_PART,
+    MAX_MODEL_JSON_BYTES,
+    is_ending,
+    is_name,
+    is_part,
+    parse_json,
+)
 
 MAX_BYTES = 50_000_000_000
 MAX_RATIO = 100  # of what a zip unpacks to; weights hardly shrink
@@ -224,8 +233,8 @@ def check_plans(plans: Mapping[str, Any], where: str) -> None:
     for key, value in named:
         if not is_name(value):
             raise ValueError(f"{where}: got plans with {key} {value!r}, expected {EXPECTED_NAME}.")
-        if "__" in value and key in ("plans_name", "configurations"):
-            raise ValueError(f"{where}: got plans with {key} {value!r}, expected no __, which parts a folder's name.")
+        if key in ("plans_name", "configurations") and not is_part(value):
+            raise ValueError(f"{where}: got plans with {key} {value!r}, expected {EXPECTED_PART}. Change it there.")
 
 
 def check_no_cascade(plans: Mapping[str, Any], configuration: str, where: str) -> None:

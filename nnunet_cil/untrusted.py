@@ -16,6 +16,7 @@ EXPECTED_NAME = (
     f"at most {MAX_NAME_BYTES} bytes of printable text without / and \\ that begin with neither . nor -, as it becomes "
     "part of file names"
 )
+EXPECTED_PART = "a name without __ and without _ at its end, as nnU-Net's folders are TRAINER__PLANS__CONFIGURATION"
 EXPECTED_ENDING = "an ending such as .nii.gz"
 _OUTSIDE = re.compile(r"[/\\]|^[-. ]|[. ]$")
 _DEVICE = re.compile(r"(con|prn|aux|nul|(com|lpt)\d)(\..*)?", re.IGNORECASE)  # of Windows, in any folder
@@ -31,6 +32,11 @@ def is_name(value: Any) -> bool:
         and not _OUTSIDE.search(value)
         and not _DEVICE.fullmatch(value)
     )
+
+
+def is_part(value: str) -> bool:
+    """Whether a name of trainer, plans or configuration can be told from the others, see ``EXPECTED_PART``."""
+    return "__" not in f"{value}_"
 
 
 def is_inside(value: Any) -> bool:

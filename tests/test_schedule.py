@@ -348,9 +348,16 @@ BAD = {
         {**BASE, "variants": {"a": {"eta": 0.1}, "a_seed1": {"eta": 0.2}}},
         "variants: a_seed1: got 'a_seed1', expected a name that does not end like that of a seed",
     ),
-    "variant that parts a name": (
-        {**BASE, "variants": {"a__b": {"eta": 0.1}}},
-        "variants: a__b: got 'a__b', expected no __",
+    **{
+        f"variant with {name}": (
+            {**BASE, "variants": {name: {"eta": 0.1}}},
+            f"{name}: got '{name}', expected a name without __",
+        )
+        for name in ("a__b", "a_")
+    },
+    "trainer with __": (
+        {**BASE, "trainer": "nnUNetTrainer__A"},
+        "trainer: got 'nnUNetTrainer__A', expected a name without",
     ),
     "variant like a seed": ({**BASE, "variants": {"seednone": {"eta": 0.1}}}, "variants: seednone: got 'seednone'"),
     "unknown variant key": ({**BASE, "variants": {"a": {"lambda": 0}}}, "variants: a: lambda: got an unknown key"),

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nnunet_cil.schedule.reading import Reading, is_float, is_int
-from nnunet_cil.untrusted import MAX_NAME_BYTES
+from nnunet_cil.untrusted import EXPECTED_PART, MAX_NAME_BYTES, is_part
 
 METHOD_DEFAULTS: Mapping[str, Any] = {
     "lambda_pgcd": 1.0,
@@ -136,8 +136,8 @@ def variants_of(reading: Reading, value: Any, base: Mapping[str, Any]) -> dict[s
             reading.problem(
                 f"variants: {name}", repr(name), f"lower-case letters, digits and _: at most {MAX_NAME_BYTES // 2}"
             )
-        if "__" in name:
-            reading.problem(f"variants: {name}", repr(name), "no __, which parts the name of a model's folder")
+        if not is_part(name):
+            reading.problem(f"variants: {name}", repr(name), EXPECTED_PART)
         if re.search(r"(^|_)seed(\d+|none)$", name):
             reading.problem(
                 f"variants: {name}",

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nnunet_cil.untrusted import is_name
+from nnunet_cil.untrusted import EXPECTED_PART, is_name, is_part
 
 
 class Reading:
@@ -54,6 +54,8 @@ class Reading:
         if not isinstance(value, str) or not value.isidentifier() or not is_name(value):
             self.problem(key, repr(value), "text: the name of a class")
             return ""
+        if not is_part(value):
+            self.problem(key, repr(value), EXPECTED_PART)
         if value == "nnUNetTrainerJoint":
             self.problem(key, value, "the trainer of a method that goes step by step: the method `joint` needs no key")
         return value
