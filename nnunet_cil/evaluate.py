@@ -491,9 +491,9 @@ def _row(chain: Chain, method: str, runs: Sequence[tuple[_Run, Mapping[str, floa
         n_scores=total["subjects"],
         **{kind: total[kind] for kind in ABSENCES},
         **{name: float(over_seeds(values)[0]) for name, values in gaps.items()},
-        gap_seeds=int(np.count_nonzero(~np.isnan(gaps["gap_to_joint"]))),
+        gap_seeds=tuple(seed for seed, gap in zip(by_seed, gaps["gap_to_joint"], strict=True) if not np.isnan(gap)),
     )
-    return Row(method, each["dice"], final)
+    return Row(method, each["dice"], tuple(by_seed), final)
 
 
 def _paired(chain: Chain, variants: Sequence[Variant]) -> dict[str, Any]:

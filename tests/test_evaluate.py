@@ -121,10 +121,10 @@ def test_a_seed_that_has_not_come_as_far_is_not_mixed_into_the_row(chain):
     for seed, ball in ((0, 0.9), (1, 0.3), (2, 0.4)):
         score(chain, "pgcd", seed, 1, {"a": {"ball": ball}})
     variants = [chain.variant("pgcd", seed) for seed in (0, 1, 2)]
-    assert [row.seeds for row in collect_scores(chain, variants)[1]] == [3]
+    assert [row.seeds for row in collect_scores(chain, variants)[1]] == [(0, 1, 2)]
     score(chain, "pgcd", 0, 2, {"a": {"ball": 0.8, "blob": 0.5}})
     content, rows = collect_scores(chain, variants)
-    assert [row.seeds for row in rows] == [1]
+    assert [row.seeds for row in rows] == [(0,)]
     np.testing.assert_allclose(rows[0].dice, [[0.9, NAN], [0.8, 0.5]])
     assert len(content["runs"]) == 3, "in scores.json all are there"
 
@@ -163,12 +163,12 @@ def test_a_seed_is_the_mean_of_its_folds(chain):
     score(chain, "joint", 0, JOINT, {"a": {"ball": 0.9, "blob": 0.9}}, fold=0)
     variants = [chain.variant(method, seed) for seed in (0, 1) for method in ("pgcd", "joint")]
     row = collect_scores(chain, variants)[1][0]
-    assert row.seeds == 2
+    assert row.seeds == (0, 1)
     np.testing.assert_allclose(row.by_seed[:, 1], [[0.8, 0.8], [0.4, 0.4]])
     np.testing.assert_allclose(row.dice_std[1], [0.4 / 2**0.5] * 2)
     assert row.final.n_scores == 12
     assert row.final.gap_to_joint == pytest.approx(0.2), "fold 0 of seed 0 has a joint model"
-    assert row.final.gap_seeds == 1
+    assert row.final.gap_seeds == (0,)
 
 
 def test_methods_share_the_scores_of_step_1(chain):
@@ -195,7 +195,7 @@ def test_rows_are_means_and_deviations_over_seeds(chain):
     content, rows = collect_scores(chain, [chain.variant("pgcd", seed) for seed in (0, 1)])
     np.testing.assert_allclose(rows[0].dice, [[0.8, NAN], [0.7, 0.5]])
     np.testing.assert_allclose(rows[0].dice_std[:, 0], [0.1 * 2**0.5] * 2)
-    assert rows[0].seeds == 2
+    assert rows[0].seeds == (0, 1)
     assert [run["seed"] for run in content["runs"]] == [0, 1]
     assert content["runs"][0]["summary"]["backward_transfer"] == pytest.approx(-0.1)
     json.dumps(content, allow_nan=False)

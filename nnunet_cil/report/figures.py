@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 
 from nnunet_cil import metrics
 from nnunet_cil.report.colours import BACKGROUND_COLOUR, TERM_COLOURS, method_styles, organ_style
-from nnunet_cil.report.table import Row, marked
+from nnunet_cil.report.table import Row, marked, named_seeds
 
 DPI = 200
 WIDTH_INCHES = 7.0
@@ -105,8 +106,8 @@ def plot_mean_dice(rows: Sequence[Row], learned_at: Sequence[int], path_png: Pat
     """Mean Dice (%) over the classes learned so far, after each step, one line per method; PNG and a PDF beside it.
 
     A step without score is left out. The model trained on all classes together is a star at the last step with a
-    dashed line across. Methods are listed by their last value, with its standard deviation over seeds, and the number
-    of these where others have more; of one that has not come to the last step, the label says which step it is of.
+    dashed line across. Methods are listed by their last value, with its standard deviation over seeds, and these seeds
+    where most methods have others; of one that has not come to the last step, the label says which step it is of.
     Small dots are single seeds.
 
     Args:
@@ -120,7 +121,8 @@ def plot_mean_dice(rows: Sequence[Row], learned_at: Sequence[int], path_png: Pat
     """
     means = {row.method: _means_by_step(row.dice, learned_at) for row in rows}
     by_seed = {row.method: np.array([_means_by_step(dice, learned_at) for dice in row.by_seed]) for row in rows}
-    most_seeds = max((row.seeds for row in rows), default=0)
+    seeds = {row.method: frozenset(row.seeds) for row in rows}
+    usual = max(Counter(seeds.values()).items(), key=lambda item: (item[1], len(item[0])), default=(frozenset(), 0))[0]
     means = {method: values for method, values in means.items() if not np.isnan(values).all()}
     styles, joint = method_styles([*among, *(row.method for row in rows)]), {r.method for r in rows if r.is_joint}
 
@@ -139,8 +141,8 @@ def plot_mean_dice(rows: Sequence[Row], learned_at: Sequence[int], path_png: Pat
                 label += f" ±{metrics.over_seeds(by_seed[method])[1][steps[-1] - 1]:.1f}"
                 for each in by_seed[method]:
                     axes.plot(range(1, len(each) + 1), each, ".", color=colour, markersize=4, alpha=0.7, clip_on=False)
-            if (n := len(by_seed[method])) < most_seeds:
-                label += f", {n} seed{'s' * (n > 1)}"
+            if seeds[method] != usual:
+                label += f", {named_seeds(seeds[method])}"
             shared = {"color": colour, "marker": marker, "markeredgecolor": "white", "markeredgewidth": 0.7}
             if method in joint and len(values) > 1:
                 ends = [1, len(values)]

@@ -94,7 +94,7 @@ def _scores(found: Collected, folder: Path) -> Shelf:
             "Mean Dice step by step",
             "Look at how far each line falls from left to right: a method that forgets drops at every step, one that "
             "keeps what it has learned stays high."
-            + (" Small dots are single seeds." if any(row.seeds > 1 for row in rows) else ""),
+            + (" Small dots are single seeds." if any(len(row.seeds) > 1 for row in rows) else ""),
             "Line chart of the mean Dice in percent over all organs learned so far, after each step. "
             + " ".join(_by_step(row, found.learned_at) for row in rows),
         )

@@ -31,7 +31,7 @@ from nnunet_cil.report.parts import (
     table,
 )
 from nnunet_cil.report.style import STYLE
-from nnunet_cil.report.table import Row, marked
+from nnunet_cil.report.table import Row, marked, named_seeds, seed_numbers
 from nnunet_cil.report.words import (
     Outcome,
     against_joint,
@@ -220,7 +220,7 @@ def _checked_steps(found: Collected) -> str:
 
 
 def _means_over(found: Collected) -> str:
-    n_test, n_seeds = len(found.test.get("cases", {})), max(row.seeds for row in found.rows)
+    n_test, n_seeds = len(found.test.get("cases", {})), max(len(row.seeds) for row in found.rows)
     subjects = _count(n_test, "test subject") if n_test else "the test subjects"
     return subjects + (f" and up to {n_seeds} seeds" if n_seeds > 1 else "")
 
@@ -244,8 +244,8 @@ def _numbers_of(o: Outcome) -> str:
 def _card(row: Row, what: Sequence[Outcome], found: Collected, brief: bool) -> str:
     last = last_scored_step(row.dice)
     beside = against_joint(row.final.gap_to_joint) if row.final else ""
-    if beside and row.final.gap_seeds < row.seeds:
-        beside += f" by {row.final.gap_seeds} of {row.seeds} seeds"
+    if beside and len(row.final.gap_seeds) < len(row.seeds):
+        beside += f" ({named_seeds(row.final.gap_seeds)} alone)"
     so_far = "" if last == len(row.dice) else f" after step {last} of {len(row.dice)}"
     statuses = [o.status for o in what]
     counts = "".join(f"{chip(s, statuses.count(s))} " for s in status_words() if s in statuses)
@@ -338,7 +338,7 @@ def _cell(row: Row, t: int, c: int, found: Collected) -> str:
 
 def _last_table(found: Collected) -> str:
     """Dice of each organ after the last step, and the scores of the chain; the best method of each column is bold."""
-    compared = [i for i, row in enumerate(found.rows) if not row.is_joint]
+    compared = _compared(found.rows)
     summaries = [row.summary(found.learned_at) for row in found.rows]
     pairs = list(zip(found.rows, summaries, strict=True))
     organs = np.array([[*row.dice[-1], means["mean"]] for row, (means, _) in pairs])
@@ -346,13 +346,13 @@ def _last_table(found: Collected) -> str:
     header = ["method", "seeds", *(f"{organ(name, found.classes)}<br><small>%</small>" for name in found.classes)]
     header.append("all organs<br><small>%</small>")
     lines = [
-        [method_name(row.method, found.methods), str(row.seeds), *cells]
+        [method_name(row.method, found.methods), seed_numbers(row.seeds), *cells]
         for row, cells in zip(
             found.rows, _cells(organs, np.full(organs.shape[1], True), compared, spreads), strict=True
         )
     ]
-    note = "Bold: best of the methods that learn step by step. " if len(compared) > 1 else ""
-    if any(row.seeds > 1 for row in found.rows):
+    note = _note_on_bold(found.rows, compared)
+    if any(len(row.seeds) > 1 for row in found.rows):
         note += "±: standard deviation over seeds. "
     parts = [table("Dice of each organ after the last step", header, lines)]
     chain, chain_spreads = (np.array([[pair[i][key] for key in _SUMMARY] for pair in summaries]) for i in (0, 1))
@@ -366,9 +366,34 @@ def _last_table(found: Collected) -> str:
     return "".join(parts) + paragraph(note + "n/a: does not exist.", "quiet")
 
 
+def _in_steps(rows: Sequence[Row]) -> list[int]:
+    """Places of the methods that have come to their last step in several."""
+    return [i for i, row in enumerate(rows) if not row.is_joint and not np.isnan(row.dice[-1]).all()]
+
+
+def _compared(rows: Sequence[Row]) -> list[int]:
+    """Places of the methods of which one can be the best: several with the same seeds, as many as there are."""
+    groups: dict[frozenset[int | None], list[int]] = {}
+    for i in _in_steps(rows):
+        groups.setdefault(frozenset(rows[i].seeds), []).append(i)
+    shared = [(seeds, places) for seeds, places in groups.items() if len(places) > 1]
+    return max(shared, key=lambda group: (len(group[0]), len(group[1])), default=((), []))[1]
+
+
+def _note_on_bold(rows: Sequence[Row], compared: Sequence[int]) -> str:
+    in_steps = _in_steps(rows)
+    if len(in_steps) < 2:
+        return ""
+    if not compared:
+        return "Nothing is bold, as no two methods have the same seeds. "
+    some = len(compared) < len(in_steps)
+    which = f"with {named_seeds(rows[compared[0]].seeds)}" if some else "that learn step by step"
+    return f"Bold: best of the methods {which}. "
+
+
 def _cells(values: np.ndarray, better: np.ndarray, compared: Sequence[int], spreads: np.ndarray) -> list[list[str]]:
-    """A table's numbers as text; the best of the compared lines in each column is bold, if there are several."""
-    best = _best(values[list(compared)], better) if len(compared) > 1 else np.full(values.shape[1], np.nan)
+    """A table's numbers as text; the best of the compared lines in each column is bold."""
+    best = _best(values[list(compared)], better) if compared else np.full(values.shape[1], np.nan)
     lines = []
     for i, line in enumerate(values):
         cells = []
@@ -415,7 +440,8 @@ def _beside_table(found: Collected) -> str:
     lines = []
     for row in found.rows:
         if (final := row.final) is not None:
-            few = f" <small>({final.gap_seeds} of {row.seeds} seeds)</small>" if 0 < final.gap_seeds < row.seeds else ""
+            some = 0 < len(final.gap_seeds) < len(row.seeds)
+            few = f" <small>({named_seeds(final.gap_seeds)})</small>" if some else ""
             gaps = [_hundred(gap, sign="+") for gap in (final.gap_to_joint, final.plasticity_gap)]
             counts = [str(n) for n in (final.missed, final.invented, final.both_empty, final.n_scores)]
             name = method_name(row.method, found.methods)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy import stats
 
-from nnunet_cil.report.table import aligned, marked
+from nnunet_cil.report.table import aligned, marked, seed_numbers
 
 MIN_SUBJECTS = 3
 DECIMALS = 12
@@ -196,10 +196,10 @@ def paired_table(
     for method, groups in differences.items():
         for group, found in groups.items():
             interval = _interval(found.low, found.high)
-            numbers = [_points(found.mean), interval, _p(found.p_value), str(found.n_subjects), str(found.n_seeds)]
+            numbers = [_points(found.mean), interval, _p(found.p_value), str(found.n_subjects)]
             wide = _interval(found.wide_low, found.wide_high)
             seeds = [wide, labelled_by_seed(found.by_seed, _points)] if several else []
-            lines.append([marked(method), group, *numbers, *seeds])
+            lines.append([marked(method), group, *numbers, seed_numbers(found.by_seed), *seeds])
             if found.note:
                 notes.append(f"{marked(method)}, {group}: {found.note}.")
     if len(lines) == 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -35,7 +35,7 @@ class FinalScores:
         n_scores: scores behind the means, absent ones included: subjects x classes x seeds.
         missed, invented, both_empty: how many of them have no HD95 because the prediction, the reference or both are
             empty. The first two have Dice and NSD 0, the last has no score.
-        gap_to_joint, plasticity_gap: of Dice, see ``metrics``, over the ``gap_seeds`` that have a joint model, too.
+        gap_to_joint, plasticity_gap: of Dice, see ``metrics``, over ``gap_seeds``, which have a joint model, too.
     """
 
     nsd: float
@@ -47,12 +47,29 @@ class FinalScores:
     both_empty: int
     gap_to_joint: float
     plasticity_gap: float
-    gap_seeds: int = 1
+    gap_seeds: tuple[int | None, ...] = (None,)
 
 
 def marked(method: str) -> str:
     """A method's name as it is shown everywhere: one that keeps scans of earlier steps says so."""
     return f"{method} (not privacy-safe)" if keeps_scans(method) else method
+
+
+def seed_numbers(seeds: Collection[int | None], between: str = " ") -> str:
+    """Seeds in a row of three or more as their ends: ``0-2 5 6``; ``none`` for a training without one."""
+    runs: list[list[int]] = []
+    for seed in sorted(seed for seed in seeds if seed is not None):
+        if runs and seed == runs[-1][-1] + 1:
+            runs[-1].append(seed)
+        else:
+            runs.append([seed])
+    texts = [[f"{run[0]}-{run[-1]}"] if len(run) > 2 else map(str, run) for run in runs]
+    return between.join([*(["none"] if None in seeds else []), *(text for run in texts for text in run)])
+
+
+def named_seeds(seeds: Collection[int | None]) -> str:
+    """As ``seed 0``, ``seeds 0, 1`` or ``seeds 0-2``."""
+    return f"seed{'s' * (len(seeds) > 1)} {seed_numbers(seeds, ', ')}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,14 +80,16 @@ class Row:
         method: name to show.
         by_seed: ``(S, T, K)`` Dice in [0, 1] of each seed after each step, the mean over its folds; NaN where there is
             none. A model trained on all classes together has scores in its last row only.
+        seeds: the S seeds; None for trainings without one.
         final: what else was measured after the last step, or None.
 
     Raises:
-        ValueError: ``by_seed`` is not such an array of numbers in [0, 1].
+        ValueError: ``by_seed`` is not such an array of numbers in [0, 1], or has not as many seeds.
     """
 
     method: str
     by_seed: NDArray[np.floating]
+    seeds: tuple[int | None, ...] = (None,)
     final: FinalScores | None = None
 
     def __post_init__(self) -> None:
@@ -78,17 +97,16 @@ class Row:
             raise ValueError(
                 f"by_seed of {self.method}: got shape {self.by_seed.shape}, expected (seeds, steps, classes)."
             )
+        if len(self.seeds) != len(self.by_seed):
+            raise ValueError(
+                f"seeds of {self.method}: got {len(self.seeds)}, expected {len(self.by_seed)} as by_seed has."
+            )
         scored = self.by_seed[~np.isnan(self.by_seed)]
         if ((scored < 0) | (scored > 1)).any():
             raise ValueError(
                 f"by_seed of {self.method}: got values from {scored.min()} to {scored.max()}, expected Dice in [0, 1], "
                 "not %."
             )
-
-    @property
-    def seeds(self) -> int:
-        """S."""
-        return len(self.by_seed)
 
     @property
     def is_joint(self) -> bool:
@@ -143,7 +161,7 @@ def _final_scores(rows: Sequence[Row], classes: Sequence[str], learned_at: Seque
         summary = [
             _hundredths(means[key], "+" if key == "backward_transfer" else "", spreads[key]) for key in _SUMMARY_COLUMNS
         ]
-        lines.append([marked(row.method), str(row.seeds), *final, *summary])
+        lines.append([marked(row.method), seed_numbers(row.seeds), *final, *summary])
     return lines
 
 
@@ -160,7 +178,7 @@ def _beside_dice(rows: Sequence[Row]) -> list[str]:
     for row, final in found.items():
         hd95 = "n/a" if math.isnan(final.hd95_mm) else f"{final.hd95_mm:.1f}"
         counts = [str(n) for n in (final.missed, final.invented, final.both_empty, final.n_scores)]
-        fewer = f" ({final.gap_seeds} of {row.seeds} seeds)" if 0 < final.gap_seeds < row.seeds else ""
+        fewer = f" ({named_seeds(final.gap_seeds)})" if 0 < len(final.gap_seeds) < len(row.seeds) else ""
         gaps = [
             _hundredths(gap, "+") + (fewer if not math.isnan(gap) else "")
             for gap in (final.gap_to_joint, final.plasticity_gap)
@@ -203,7 +221,7 @@ def score_table(rows: Sequence[Row], classes: Sequence[str], learned_at: Sequenc
     standard deviation over seeds. The second part, of the rows with ``final``, has NSD and HD95, the number of absent
     scores, and what the joint model has more (in points). A class not yet learned is an empty cell, a missing score
     ``n/a``; a step without any score is left out of the third part. Forgetting and the like are means over seeds of
-    each seed's; a gap that only some seeds have says how many.
+    each seed's; a gap that only some seeds have says which.
 
     Args:
         rows: one per method, in the order to show.

@@ -88,7 +88,7 @@ def test_tables_and_words_of_any_scores(data, names):
     assert {outcome.status for outcome in found} <= set(status_words())
     for text in (fate_of_old(found), fate_of_new(found), against_joint(metrics.gap_to_joint(R, joint, learned_at))):
         assert "nan" not in text or any("nan" in name for name in names)
-    rows = [Row("pgcd", np.stack([R, joint])), Row("joint", joint[None])]
+    rows = [Row("pgcd", np.stack([R, joint]), (0, 1)), Row("joint", joint[None])]
     assert score_table(rows, names, learned_at).count("pgcd") >= 2
     best = metrics.summary(R, learned_at)
     assert all(np.isnan(value) or -1 <= value <= 1 for value in best.values())

@@ -55,11 +55,25 @@ def test_draws_the_means_in_percent(tmp_path, drawn):
 
 def test_seeds_are_dots_and_a_deviation_beside_the_last_mean(tmp_path, drawn):
     better = PGCD.by_seed + 0.06
-    figures.plot_mean_dice([Row("pgcd", np.concatenate([PGCD.by_seed, better])), JOINT], LEARNED_AT, tmp_path / "m.png")
+    rows = [Row("pgcd", np.concatenate([PGCD.by_seed, better]), (0, 1)), Row("joint", JOINT.by_seed, (0,))]
+    figures.plot_mean_dice(rows, LEARNED_AT, tmp_path / "m.png")
     dots = [line for line in drawn[0].axes[0].get_lines() if line.get_linestyle() == "None"]
     np.testing.assert_allclose([line.get_xydata() for line in dots], [[[1, 85], [2, 80]], [[1, 91], [2, 86]]])
     labels = [text.get_text() for text in drawn[0].legends[0].get_texts()]
-    assert labels == ["joint  90.0, 1 seed", "pgcd  83.0 ±4.2"]
+    assert labels == ["joint  90.0, seed 0", "pgcd  83.0 ±4.2"]
+
+
+def test_seeds_that_most_methods_do_not_have_are_named(tmp_path, drawn):
+    seeds = {"pgcd": (1, 0), "pseudo": (0, 1), "pseudo_kd": (1, 2), "mib": (0, 1, 2)}
+    rows = [Row(method, np.concatenate([PGCD.by_seed] * len(of)), of) for method, of in seeds.items()]
+    figures.plot_mean_dice(rows, LEARNED_AT, tmp_path / "m.png")
+    labels = {text.get_text() for text in drawn[0].legends[0].get_texts()}
+    assert labels == {
+        "pgcd  80.0 ±0.0",
+        "pseudo  80.0 ±0.0",
+        "pseudo_kd  80.0 ±0.0, seeds 1, 2",
+        "mib  80.0 ±0.0, seeds 0-2",
+    }
 
 
 def test_a_method_keeps_its_colour(tmp_path, drawn):

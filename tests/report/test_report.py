@@ -151,6 +151,62 @@ def test_missed_organs_and_the_gap_to_joint_are_told(whole):
     assert lines["joint"][4:] == ["n/a", "n/a"]
 
 
+def _bold(page: Page, caption: str) -> dict[str, list[str]]:
+    """Column -> methods whose number there is bold."""
+    body = page.html.partition(f"<caption>{caption}</caption>")[2].partition("</table>")[0]
+    header, *lines = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", line) for line in body.split("</tr>")[:-1]]
+    names = [re.sub(r"<br>.*|<[^>]+>", "", cell) for cell in header]
+    methods = [re.sub(r'<span class="mark".*?</span>|<[^>]+>', "", line[0]) for line in lines]
+    return {
+        name: [method for method, line in zip(methods, lines, strict=True) if "<strong>" in line[c]]
+        for c, name in enumerate(names)
+    }
+
+
+def _scored(chain, dice: dict[str, dict[int, float]]) -> list:
+    """Variants of these methods and seeds, all organs of the last step with this Dice."""
+    variants = [chain.variant(method, seed) for method, by_seed in dice.items() for seed in by_seed]
+    for variant in variants:
+        value = dice[variant.method][variant.seed]
+        step = JOINT if variant.method == JOINT else 2
+        write_scores(chain, variant, step, {"a": dict.fromkeys(("ball", "tube", "blob"), value)})
+    return variants
+
+
+LAST = "Dice of each organ after the last step"
+
+
+def test_the_best_is_one_of_those_with_the_same_seeds(chain):
+    dice = {"pgcd": {0: 0.7, 1: 0.6}, "pseudo": {0: 0.5, 1: 0.5}, "mib": {0: 0.9}, "plop": {0: 0.8}}
+    page = Page(write_report(chain, _scored(chain, dice)))
+    assert _bold(page, LAST)["all organs"] == ["pgcd"]
+    assert [line[1] for line in page.rows(LAST)] == ["0 1", "0 1", "0", "0"]
+    assert "Bold: best of the methods with seeds 0, 1. " in page.text
+
+
+def test_nothing_is_the_best_where_no_two_methods_have_the_same_seeds(chain):
+    page = Page(write_report(chain, _scored(chain, {"pgcd": {0: 0.7, 1: 0.6}, "mib": {0: 0.9, 2: 0.9}})))
+    assert _bold(page, LAST)["all organs"] == []
+    assert "Nothing is bold, as no two methods have the same seeds." in page.text
+
+
+def test_a_method_that_has_not_come_as_far_does_not_keep_others_from_being_the_best(chain):
+    variants = _scored(chain, {"pgcd": {0: 0.7}, "pseudo": {0: 0.5}})
+    variants += [chain.variant(method, seed) for method in ("mib", "plop") for seed in (1, 2)]
+    for seed in (1, 2):
+        write_scores(chain, chain.variant("pgcd", seed), 1, {"a": {"ball": 0.9, "tube": 0.9}})
+    page = Page(write_report(chain, variants))
+    assert _bold(page, LAST)["all organs"] == ["pgcd"]
+    assert "Bold: best of the methods that learn step by step. " in page.text
+
+
+def test_a_distance_to_joint_names_the_seeds_that_it_is_of(chain):
+    dice = {"pgcd": {0: 0.72, 1: 0.6, 2: 0.6}, "joint": {0: 0.767}}
+    page = Page(write_report(chain, _scored(chain, dice)))
+    assert "64.0 mean Dice, 4.7 points below joint training (seed 0 alone)" in page.text
+    assert page.rows("Organs missed or invented, and joint training")[0][5] == "+4.7 (seed 0)"
+
+
 def test_what_a_step_takes_and_keeps_is_told(whole):
     rows = {cells[0]: cells[1:] for cells in Page(whole).rows("By step")}
     assert list(rows) == [

@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from nnunet_cil.report.table import FinalScores, Row, score_table
+from nnunet_cil.report.table import FinalScores, Row, named_seeds, score_table, seed_numbers
 
 NAN = np.nan
 CLASSES = ["liver", "spleen", "kidney"]
@@ -31,8 +31,8 @@ Dice after the last step
 method    seeds  liver  spleen  kidney   old   new  mean  avg inc mean  forgetting     BWT  plasticity
                      %       %       %     %     %     %             %      points  points           %
 ------------------------------------------------------------------------------------------------------
-finetune      1    0.0     0.2    81.0   0.1  81.0  27.1          56.0        84.9   -84.9        81.0
-joint         1   91.0    84.0    83.0  87.5  83.0  86.0           n/a         n/a     n/a         n/a
+finetune   none    0.0     0.2    81.0   0.1  81.0  27.1          56.0        84.9   -84.9        81.0
+joint      none   91.0    84.0    83.0  87.5  83.0  86.0           n/a         n/a     n/a         n/a
 
 finetune: Dice (%) by step
 step  liver  spleen  kidney  mean
@@ -78,17 +78,17 @@ Forward transfer: n/a, as classes appear in one step only and have no score befo
 
 def test_each_column_has_its_score():
     pgcd = _cells(PGCD)
-    assert pgcd == ["pgcd", "1", "89.1", "81.3", "79.0", "85.2", "79.0", "83.1", "84.1", "-0.2", "+0.2", "79.0"]
+    assert pgcd == ["pgcd", "none", "89.1", "81.3", "79.0", "85.2", "79.0", "83.1", "84.1", "-0.2", "+0.2", "79.0"]
     assert _cells(JOINT)[-4:] == ["n/a"] * 4
 
 
 def test_spread_over_seeds_is_shown_beside_scores():
     other = np.array([[[0.92, 0.78, NAN], [0.911, NAN, 0.85]]])
-    text = score_table([Row("pgcd", np.concatenate([PGCD.by_seed, other]))], CLASSES, LEARNED_AT)
+    text = score_table([Row("pgcd", np.concatenate([PGCD.by_seed, other]), (0, 2))], CLASSES, LEARNED_AT)
     assert "91.0 ±1.4  79.0 ±1.4" in text, "one degree of freedom less"
     line = text.splitlines()[4]
-    assert line.split()[:2] == ["pgcd", "2"]
-    assert line.split()[2:7] == ["90.1", "±1.4", "81.3", "82.0", "±4.2"]
+    assert line.split()[:3] == ["pgcd", "0", "2"]
+    assert line.split()[3:8] == ["90.1", "±1.4", "81.3", "82.0", "±4.2"]
     assert "88.1 ±4.2  82.0 ±4.2" in line, "old and new, each from the seeds' own means"
 
 
@@ -97,17 +97,35 @@ def test_forgetting_is_that_of_each_seed_not_of_the_mean_matrix():
     by_seed = np.array(
         [[[0.5, NAN, NAN], [0.9, 0.5, NAN], [0.5, 0.5, 0.5]], [[0.9, NAN, NAN], [0.5, 0.5, NAN], [0.5, 0.5, 0.5]]]
     )
-    means, spreads = Row("pgcd", by_seed).summary([1, 2, 3])
+    means, spreads = Row("pgcd", by_seed, (0, 1)).summary([1, 2, 3])
     assert means["forgetting"] == pytest.approx(0.2)  # 0.4 of the first class, 0 of the second, in each seed
     assert spreads["forgetting"] == pytest.approx(0.0)
     assert np.isnan(Row("pgcd", by_seed[:1]).summary([1, 2, 3])[1]["mean"])
 
 
-def test_a_gap_that_only_some_seeds_have_says_so():
-    final = FinalScores(0.9, 2.0, 1.0, 60, 0, 0, 0, 0.02, 0.01, gap_seeds=1)
-    three = Row("pgcd", np.concatenate([PGCD.by_seed] * 3), final)
-    assert "+2.0 (1 of 3 seeds)  +1.0 (1 of 3 seeds)" in score_table([three], CLASSES, LEARNED_AT)
-    assert "of 1 seeds" not in score_table([Row("pgcd", PGCD.by_seed, final)], CLASSES, LEARNED_AT)
+def test_a_gap_that_only_some_seeds_have_says_which():
+    final = FinalScores(0.9, 2.0, 1.0, 60, 0, 0, 0, 0.02, 0.01, gap_seeds=(1,))
+    three = Row("pgcd", np.concatenate([PGCD.by_seed] * 3), (0, 1, 2), final)
+    assert "+2.0 (seed 1)   +1.0 (seed 1)" in score_table([three], CLASSES, LEARNED_AT)
+    assert "(seed" not in score_table([Row("pgcd", PGCD.by_seed, (1,), final)], CLASSES, LEARNED_AT)
+
+
+def test_seeds_in_few_words():
+    assert [seed_numbers(seeds) for seeds in ((1, 0), (2, 0, 1), (5, 0, 1, 2, 6), (0, 2, 4), (None,), (None, 3))] == [
+        "0 1",
+        "0-2",
+        "0-2 5 6",
+        "0 2 4",
+        "none",
+        "none 3",
+    ]
+    assert [named_seeds(seeds) for seeds in ((4,), (1, 2), (0, 1, 2))] == ["seed 4", "seeds 1, 2", "seeds 0-2"]
+
+
+def test_seeds_that_differ_in_equal_number_are_told():
+    two = np.concatenate([PGCD.by_seed] * 2)
+    text = score_table([Row("pgcd", two, (0, 1)), Row("pgcd_largest", two, (1, 2))], CLASSES, LEARNED_AT)
+    assert [re.split(r"\s{2,}", line)[1] for line in text.splitlines()[4:6]] == ["0 1", "1 2"]
 
 
 def test_a_missing_score_is_not_available_and_a_class_to_come_is_empty():
@@ -134,6 +152,7 @@ def test_columns_line_up():
         (np.array([[[85.0]]]), "not %"),
         (np.array([[0.5]]), "seeds, steps, classes"),
         (np.zeros((0, 1, 1)), "seeds, steps, classes"),
+        (np.zeros((2, 1, 1)), "seeds of pgcd: got 1, expected 2"),
     ],
 )
 def test_wrong_rows(by_seed, message):
