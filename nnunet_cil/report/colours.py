@@ -6,8 +6,10 @@ has a kind of line and a hatch, a method a marker.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 BACKGROUND_COLOUR = "#767676"
 TERM_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255")
@@ -17,6 +19,10 @@ _ORGAN_FURTHER = ("#44AA99", "#882255", "#999933", "#CC6677", "#88CCEE", "#AA449
 PLAIN_ORGANS = len(_ORGAN_FIRST)
 """Number of organs that colour alone tells apart."""
 _ORGAN_COLOURS = (*_ORGAN_FIRST, *_ORGAN_FURTHER)
+_KNOWN_ORGANS = [
+    frozenset(name.split())
+    for name in ("liver", "spleen", "right kidney", "left kidney", "pancreas", "stomach", "gallbladder")
+]
 
 _METHODS = {
     "pgcd": ("#0072B2", "o"),
@@ -58,12 +64,24 @@ class OrganStyle:
     hatch: str
 
 
-def organ_style(index: int) -> OrganStyle:
-    """Style of the class with this place, from 0, in the order learned.
+def organ_styles(classes: Collection[str]) -> dict[str, OrganStyle]:
+    """Style of each class by name: the same for the same classes, in whatever order they are learned.
 
-    The first seven are plain, the next seven dashed and hatched in other colours; after that the colours come again,
-    dotted.
+    Liver, spleen, right and left kidney, pancreas, stomach and gallbladder have one each (``kidney_right`` and
+    ``Right Kidney`` are the right kidney); the others take what is free, by the alphabet. Seven styles are plain, the
+    next seven dashed and hatched in other colours; after that the colours come again, dotted.
     """
+    names = sorted(set(classes))
+    known: dict[int, str] = {}
+    for name in names:
+        if (words := frozenset(re.split(r"[_\- ]+", name.lower()))) in _KNOWN_ORGANS:
+            known.setdefault(_KNOWN_ORGANS.index(words), name)
+    free = (place for place in count() if place not in known)
+    places = {name: place for place, name in known.items()}
+    return {name: _organ_style(places[name] if name in places else next(free)) for name in names}
+
+
+def _organ_style(index: int) -> OrganStyle:
     line, hatch = "-", ""
     if index >= PLAIN_ORGANS:
         line, hatch = "--", "////"

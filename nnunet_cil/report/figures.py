@@ -23,7 +23,7 @@ from matplotlib.transforms import ScaledTranslation
 from numpy.typing import NDArray
 
 from nnunet_cil import metrics
-from nnunet_cil.report.colours import BACKGROUND_COLOUR, TERM_COLOURS, method_styles, organ_style
+from nnunet_cil.report.colours import BACKGROUND_COLOUR, TERM_COLOURS, OrganStyle, method_styles, organ_styles
 from nnunet_cil.report.table import Row, marked, named_seeds
 
 DPI = 200
@@ -186,7 +186,7 @@ def plot_score_matrix(rows: Sequence[Row], classes: Sequence[str], learned_at: S
         learned_at: the K steps, from 1, that learn them.
         path_png: as for `plot_mean_dice`.
     """
-    columns = _per_line(len(rows), 0.9 + _CELL_INCHES * len(classes))
+    columns, styles = _per_line(len(rows), 0.9 + _CELL_INCHES * len(classes)), organ_styles(classes)
     steps = [np.flatnonzero(~np.isnan(row.dice).all(1)) for row in rows]
     lines = math.ceil(len(rows) / columns)
     in_line = [max(map(len, steps[line * columns : (line + 1) * columns])) for line in range(lines)]
@@ -209,6 +209,9 @@ def plot_score_matrix(rows: Sequence[Row], classes: Sequence[str], learned_at: S
             axes.invert_yaxis()
             _bare(axes)
             _organs_along_x(axes, classes, np.arange(len(classes)) + 0.5, width)
+            axes.tick_params(axis="x", pad=11)
+            for c, name in enumerate(classes):
+                _swatch(axes, styles[name], c + 0.5, 0, axes.get_xaxis_transform(), (0, -7))
         for axes in grid.flat[len(rows) :]:
             axes.set_visible(False)
         _colorbar_above(figure, image, grid, "Dice (%)")
@@ -266,9 +269,7 @@ def plot_forgetting(
         axes.axvline(0, color=_GREY, linewidth=1)
         centres = pitch * np.arange(len(organs)) + (len(lost) - 1) / 2
         axes.set_yticks(centres, [shown(classes[c]) for c in organs])
-        axes.tick_params(axis="y", length=0, pad=15)
-        for c, y in zip(organs, centres, strict=True):
-            _swatch(axes, c, 0, y, axes.get_yaxis_transform(), (-8, 0))
+        axes.tick_params(axis="y", length=0)
         axes.set_ylim(pitch * len(organs) - 1, -1)
         axes.grid(axis="y", visible=False)
         low, high = axes.get_xlim()
@@ -299,7 +300,7 @@ def _plot_forgetting_matrix(
         axes.set_yticks(np.arange(len(lost)) + 0.5, [shown(marked(method)) for method in lost])
         axes.invert_yaxis()
         _bare(axes)
-        _organs_along_x(axes, classes, np.arange(len(organs)) + 0.5, width, organs)
+        _organs_along_x(axes, [classes[c] for c in organs], np.arange(len(organs)) + 0.5, width)
         _colorbar_above(figure, image, axes, "Forgetting (points of 100 Dice)")
 
 
@@ -349,7 +350,7 @@ def plot_subjects(
             axes.set_ylabel(label)
             if label.endswith("(%)"):
                 axes.set_ylim(-4, 104)
-            _organs_along_x(axes, classes, centres, width, organs)
+            _organs_along_x(axes, [classes[c] for c in organs], centres, width)
         legend(figure, _method_handles(scores, styles), "outside upper left")
 
 
@@ -446,7 +447,7 @@ def plot_similarity(
         classes: the chain's classes, for their colours.
         path_png: as for `plot_mean_dice`.
     """
-    n = max(len(names) for names, _ in similarities.values())
+    n, styles = max(len(names) for names, _ in similarities.values()), organ_styles(classes)
     side = 1.1 + (0.42 if n <= _MAX_NUMBERED else 0.3) * n
     columns = _per_line(len(similarities), side)
     lines = math.ceil(len(similarities) / columns)
@@ -469,9 +470,9 @@ def plot_similarity(
             _bare(axes)
             axes.tick_params(pad=10)
             for name, place in zip(names, places, strict=True):
-                index = next((c for c, known in enumerate(classes) if name in (known, f"{known} *")), None)
-                _swatch(axes, index, place, 0, axes.get_xaxis_transform(), (0, -6))
-                _swatch(axes, index, 0, place, axes.get_yaxis_transform(), (-6, 0))
+                style = next((style for known, style in styles.items() if name in (known, f"{known} *")), None)
+                _swatch(axes, style, place, 0, axes.get_xaxis_transform(), (0, -6))
+                _swatch(axes, style, 0, place, axes.get_yaxis_transform(), (-6, 0))
         for axes in grid.flat[len(similarities) :]:
             axes.set_visible(False)
         figure.colorbar(image, ax=grid, label="Cosine similarity", shrink=min(1.0, 2.0 / (lines * side)), pad=0.02)
@@ -489,7 +490,7 @@ def plot_drift(
         classes: the chain's classes, for their colours; any other name is drawn as background.
         path_png: as for `plot_mean_dice`.
     """
-    columns = min(len(drifts), 3)
+    columns, styles = min(len(drifts), 3), organ_styles(classes)
     lines = math.ceil(len(drifts) / columns)
     with drawing(path_png, max(4.2, WIDTH_INCHES * columns / 3), 0.3 + 2.0 * lines) as figure:
         grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
@@ -499,7 +500,7 @@ def plot_drift(
                 measured = np.flatnonzero(~np.isnan(distances))
                 if len(measured) < 2:
                     continue
-                style = organ_style(classes.index(name)) if name in classes else None
+                style = styles.get(name)
                 colour, kind = (style.colour, style.line) if style else (BACKGROUND_COLOUR, (0, (1, 1)))
                 handles[name], *_ = axes.plot(
                     measured + 1,
@@ -553,9 +554,10 @@ def _number(axes: Axes, x: float, y: float, text: str, colour: str) -> None:
     axes.text(x, y, text, ha="center", va="center", fontsize=8, color=colour)
 
 
-def _swatch(axes: Axes, index: int | None, x: float, y: float, transform: object, points: tuple[float, float]) -> None:
+def _swatch(
+    axes: Axes, style: OrganStyle | None, x: float, y: float, transform: object, points: tuple[float, float]
+) -> None:
     """The square in a class's colour that stands by its name, moved by ``points``; None is background."""
-    style = organ_style(index) if index is not None else None
     moved = transform + ScaledTranslation(points[0] / 72, points[1] / 72, axes.figure.dpi_scale_trans)
     axes.plot(
         [x],
@@ -583,18 +585,9 @@ def _room_below(names: Sequence[str], width: float) -> float:
     return 0.4 + 0.05 * max(map(len, names)) if _slanted(names, width) else 0.4
 
 
-def _organs_along_x(
-    axes: Axes,
-    classes: Sequence[str],
-    places: NDArray[np.floating],
-    width: float,
-    organs: Sequence[int] | None = None,
-) -> None:
-    """Names of classes below the axis, each with its colour; slanted where ``width`` inches have no room for them."""
-    organs = range(len(classes)) if organs is None else organs
-    names = [shown(classes[c]) for c in organs]
+def _organs_along_x(axes: Axes, classes: Sequence[str], places: NDArray[np.floating], width: float) -> None:
+    """Names of classes below the axis; slanted where ``width`` inches have no room for them."""
+    names = [shown(name) for name in classes]
     look = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if _slanted(names, width) else {}
     axes.set_xticks(places, names, **look)
-    axes.tick_params(axis="x", length=0, pad=11)
-    for c, place in zip(organs, places, strict=True):
-        _swatch(axes, c, place, 0, axes.get_xaxis_transform(), (0, -7))
+    axes.tick_params(axis="x", length=0)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from nnunet_cil.report.colours import BACKGROUND_COLOUR, method_styles, organ_style
+from nnunet_cil.report.colours import BACKGROUND_COLOUR, OrganStyle, method_styles, organ_styles
 from nnunet_cil.report.figures import DPI
 from nnunet_cil.report.table import marked
 
@@ -99,11 +99,10 @@ def section(name: str, title: str, content: str) -> str:
     return element("section", heading + content, id=name, aria_labelledby=f"{name}-title")
 
 
-def swatch(index: int | None) -> str:
+def swatch(style: OrganStyle | None) -> str:
     """The square in an organ's colour; None is background."""
-    if index is None:
+    if style is None:
         return f'<span class="swatch" style="background:{BACKGROUND_COLOUR}"></span>'
-    style = organ_style(index)
     fill = style.colour
     if style.hatch:
         fill = f"linear-gradient(90deg,{style.colour} 50%,#fff 50%)"
@@ -112,8 +111,7 @@ def swatch(index: int | None) -> str:
 
 def organ(name: str, classes: Sequence[str]) -> str:
     """An organ's name after its colour."""
-    colour = swatch(list(classes).index(name) if name in classes else None)
-    return element("span", colour + escape(name), class_="name")
+    return element("span", swatch(organ_styles(classes).get(name)) + escape(name), class_="name")
 
 
 def method_name(name: str, methods: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
-from nnunet_cil.report.colours import PLAIN_ORGANS, organ_style
+from nnunet_cil.report.colours import PLAIN_ORGANS, OrganStyle, organ_styles
 from nnunet_cil.report.figures import WIDTH_INCHES, drawing, legend, shown
 from nnunet_cil.report.table import marked
 
@@ -175,6 +175,8 @@ def plot_panel(
     n_tiles = 2 + max(len(found.predictions) for found in slices.values())
     columns = math.ceil(n_tiles / math.ceil(n_tiles / _MAX_COLUMNS))
     lines = math.ceil(n_tiles / columns)
+    by_name = organ_styles(classes)
+    styles = [by_name[name] for name in classes]
     shapes = [found.image.shape[0] * found.pixel_height / found.image.shape[1] for found in slices.values()]
     tile = WIDTH_INCHES / columns
     heights = [lines * (tile * shape + 0.25) + 0.25 for shape in shapes]
@@ -187,7 +189,7 @@ def plot_panel(
                 axes.set_axis_off()
             tiles = {"Image": np.zeros_like(found.truth), "Expert": found.truth, **found.predictions}
             for axes, (name, mask) in zip(grid.flat, tiles.items(), strict=False):
-                _draw_tile(axes, found, mask, len(classes))
+                _draw_tile(axes, found, mask, styles)
                 dice = scores.get(title, {}).get(name, math.nan)
                 text = shown(marked(name)) + ("" if math.isnan(dice) else f"  {100 * dice:.0f}")
                 written = axes.set_title(text, fontweight="normal")
@@ -200,30 +202,29 @@ def plot_panel(
             Line2D(
                 [],
                 [],
-                color=organ_style(c).colour,
-                linestyle=organ_style(c).line,
+                color=style.colour,
+                linestyle=style.line,
                 linewidth=3,
                 label=shown(f"{c + 1} {name}" if numbered else name),
             )
-            for c, name in enumerate(classes)
+            for c, (name, style) in enumerate(zip(classes, styles, strict=True))
         ]
         legend(figure, handles, "outside lower left")
 
 
-def _draw_tile(axes: Axes, found: Slice, mask: NDArray[np.integer], n_classes: int) -> None:
+def _draw_tile(axes: Axes, found: Slice, mask: NDArray[np.integer], styles: Sequence[OrganStyle]) -> None:
     low, high = found.window
     axes.imshow(found.image, cmap="gray", vmin=low, vmax=high, aspect=found.pixel_height, interpolation="nearest")
-    for c in range(n_classes):
+    for c, style in enumerate(styles):
         organ = (mask == c + 1).astype(float)
         if not organ.any():
             continue
-        style = organ_style(c)
         # A border of background closes the outline of an organ that touches the edge of the tile.
         around = np.pad(organ, 1)
         grid = np.arange(-1.0, organ.shape[1] + 1), np.arange(-1.0, organ.shape[0] + 1)
         axes.contourf(*grid, around, levels=[0.5, 2], colors=[style.colour], alpha=0.3)
         axes.contour(*grid, around, levels=[0.5], colors=[style.colour], linewidths=1.3, linestyles=[style.line])
-        if n_classes > PLAIN_ORGANS:
+        if len(styles) > PLAIN_ORGANS:
             rows, columns = np.nonzero(organ)
             nearest = np.argmin((rows - rows.mean()) ** 2 + (columns - columns.mean()) ** 2)
             axes.text(

@@ -1,17 +1,45 @@
 from __future__ import annotations
 
-from nnunet_cil.report.colours import PLAIN_ORGANS, method_styles, organ_style
+from itertools import permutations
+
+from nnunet_cil.report.colours import PLAIN_ORGANS, method_styles, organ_styles
 from nnunet_cil.schedule import ABLATIONS
 
 METHODS = ("pgcd", "pseudo_kd", "pseudo", "plop", "mib", "ilt", "lwf", "ewf", "ewc", "finetune", "replay", "joint")
 
 
 def test_organs_are_told_apart():
-    styles = [organ_style(i) for i in range(21)]
+    styles = list(organ_styles([f"organ_{i:02}" for i in range(21)]).values())
     assert len(set(styles)) == 21
     assert len({style.colour for style in styles[:14]}) == 14
     assert all(not style.hatch for style in styles[:PLAIN_ORGANS])
     assert all(style.hatch for style in styles[PLAIN_ORGANS:])
+
+
+KNOWN = ["liver", "spleen", "right_kidney", "left_kidney", "pancreas", "stomach", "gallbladder"]
+
+
+def test_an_organ_has_its_colour_in_whatever_order_it_is_learned():
+    for names in (["liver", "right_kidney", "spleen", "aorta"], ["zebra", "Ball", "liver_2"]):
+        assert len({tuple(sorted(organ_styles(order).items(), key=str)) for order in permutations(names)}) == 1
+
+
+def test_well_known_organs_have_their_colours_in_every_chain():
+    every = organ_styles(KNOWN)
+    assert [every[name] for name in KNOWN] == list(organ_styles("abcdefg").values()), "the plain ones, in this order"
+    for name in KNOWN:
+        assert organ_styles(["aorta", name, "vena_cava"])[name] == every[name]
+    for name in ("kidney_right", "Right Kidney", "RIGHT-kidney"):
+        assert organ_styles([name])[name] == every["right_kidney"]
+
+
+def test_other_organs_take_what_is_free():
+    every, found = organ_styles(KNOWN), organ_styles(["vein", "spleen", "Aorta", "left_kidney", "kidney_left"])
+    assert found["spleen"] == every["spleen"]
+    assert found["kidney_left"] == every["left_kidney"], "the first of two by the alphabet"
+    assert [found[name] for name in ("Aorta", "left_kidney", "vein")] == [
+        every[name] for name in ("liver", "right_kidney", "pancreas")
+    ]
 
 
 def test_methods_are_told_apart():

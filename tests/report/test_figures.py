@@ -216,6 +216,26 @@ def test_nothing_to_draw(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_where_colour_is_the_method_organs_have_none(tmp_path, drawn):
+    figures.plot_subjects({"pgcd": np.full((2, 3), 50.0)}, ORGANS, "Dice (%)", tmp_path / "f.png")
+    figures.plot_forgetting([PGCD], {}, ORGANS, LEARNED_AT, tmp_path / "f.png")
+    colour = figures.method_styles(["pgcd"])["pgcd"][0]
+    for figure in drawn:
+        lines = [line for line in figure.axes[0].get_lines() if line.get_marker() != "None"]
+        assert {line.get_color() for line in lines} <= {colour, "black"}
+
+
+def test_organs_keep_their_colours_in_another_order(tmp_path, drawn):
+    found = {name: np.ones(2) for name in ORGANS}
+    for classes in (ORGANS, ORGANS[::-1]):
+        figures.plot_drift({"pgcd": found}, classes, tmp_path / "f.png")
+    first, last = (
+        {line.get_label(): line.get_color() for line in f.axes[0].get_lines()} for f in (drawn[0], drawn[-1])
+    )
+    assert first == last
+    assert len(set(first.values())) == 3
+
+
 def test_boxes_stand_on_as_many_lines_as_they_need(tmp_path, drawn):
     scores = {f"method_{i}": np.full((2, 20), 50.0) for i in range(5)}
     figures.plot_subjects(scores, MANY, "HD95 (mm)", tmp_path / "f.png")
