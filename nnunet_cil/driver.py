@@ -40,6 +40,7 @@ from nnunet_cil.parallel import core_count, end_with_parent, in_own_process, wor
 from nnunet_cil.precision import amp_dtype
 from nnunet_cil.present import present_variants
 from nnunet_cil.report import write as report_page
+from nnunet_cil.report.by_test_set import by_test_set, table_by_test_set
 from nnunet_cil.report.figures import plot_mean_dice
 from nnunet_cil.report.paired import paired_table
 from nnunet_cil.report.table import marked, score_table
@@ -275,6 +276,8 @@ def _write_results(chain: Chain, variants: Sequence[Variant]) -> str:
         return "Nothing is scored yet."
     classes, at = list(chain.schedule.classes), learned_at(chain)
     table = score_table(rows, classes, at)
+    if sets := by_test_set(content["runs"]):
+        table += "\n" + table_by_test_set(rows, sets, len(classes))
     scores = subject_scores(chain, variants)
     if len(scores) > 1:
         table += "\n" + paired_table(scores, reference_of(chain, scores), classes, at)

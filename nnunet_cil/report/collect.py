@@ -30,6 +30,7 @@ from nnunet_cil.evaluate import (
 )
 from nnunet_cil.guard import GUARD_FILE, Check, checks_of, place_of
 from nnunet_cil.prototypes import PrototypeStore
+from nnunet_cil.report.by_test_set import TestSetScores, by_test_set
 from nnunet_cil.report.table import Row
 from nnunet_cil.schedule import Guard
 from nnunet_cil.step_files import COST_FILE, PROTOTYPE_FILE
@@ -85,27 +86,6 @@ class Run:
     seed: int | None
     fold: int | str
     models: tuple[Model, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class TestSetScores:
-    """One of several test sets.
-
-    Attributes:
-        name: of its dataset, or its number.
-        n_subjects: its size.
-        n_classes: of how many classes it has scores.
-        never_trained_on: whether no step draws from its dataset; None where that is not known.
-        dice: method -> mean Dice over all classes after the last step, in [0, 1], the mean over its trainings.
-    """
-
-    __test__ = False  # no case of pytest
-
-    name: str
-    n_subjects: int
-    n_classes: int
-    never_trained_on: bool | None
-    dice: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -295,7 +275,7 @@ def collect(chain: Chain, variants: Sequence[Variant]) -> Collected:
         schedule_sha256=hashlib.sha256(chain.schedule.file.read_bytes()).hexdigest(),
         test_sha256=next((model.test_sha256 for model in scored), ""),
         nsd_tolerance_mm=chain.schedule.nsd_tolerance_mm,
-        by_test_set=_by_test_set(content["runs"]),
+        by_test_set=by_test_set(content["runs"]),
         step_costs=_step_costs(content["runs"]),
         paired=content.get("paired", {}),
         own_method=method_of(chain.schedule.trainer),
@@ -305,29 +285,6 @@ def collect(chain: Chain, variants: Sequence[Variant]) -> Collected:
         guard=chain.schedule.guard,
         checks=_checks(chain, runs, problems),
         problems=tuple(problems),
-    )
-
-
-def _by_test_set(runs: Sequence[Mapping[str, Any]]) -> tuple[TestSetScores, ...]:
-    """From the runs of ``collect_scores``; the ensemble has no line."""
-    sets: dict[int, Mapping[str, Any]] = {}
-    dice: dict[int, dict[str, list[float]]] = {}
-    n_classes: dict[int, int] = {}
-    for run in (run for run in runs if run["fold"] != ENSEMBLE):
-        for one in run["by_test_set"]:
-            sets[one["set"]] = one
-            n_classes[one["set"]] = max(one["n_classes"], n_classes.get(one["set"], 0))
-            if one["mean"]["dice"] is not None:
-                dice.setdefault(one["set"], {}).setdefault(run["method"], []).append(one["mean"]["dice"])
-    return tuple(
-        TestSetScores(
-            one["name"],
-            one["n_subjects"],
-            n_classes[number],
-            one["never_trained_on"],
-            {method: float(np.mean(values)) for method, values in dice.get(number, {}).items()},
-        )
-        for number, one in sorted(sets.items())
     )
 
 

@@ -35,6 +35,7 @@ from nnunet_cil.report.table import Row, marked, named_seeds, seed_numbers
 from nnunet_cil.report.words import (
     Outcome,
     against_joint,
+    counted,
     fate_of_new,
     fate_of_old,
     last_scored_step,
@@ -134,19 +135,15 @@ def page(found: Collected, shelves: Mapping[str, Shelf], commands: Sequence[str]
 """
 
 
-def _count(n: int, word: str) -> str:
-    return f"{n} {word}{'' if n == 1 else 's'}"
-
-
 def _lead(found: Collected) -> str:
     n_test = len(found.test.get("cases", {}))
     seeds = {method: len({run.seed for run in found.runs if run.method == method}) for method in found.methods}
     fewest, most = min(seeds.values(), default=0), max(seeds.values(), default=0)
-    each = _count(most, "seed") if fewest == most else f"{fewest} to {most} seeds"
+    each = counted(most, "seed") if fewest == most else f"{fewest} to {most} seeds"
     parts = [
-        f"A network learned {_count(len(found.classes), 'organ')} in {_count(found.n_steps, 'step')}.",
+        f"A network learned {counted(len(found.classes), 'organ')} in {counted(found.n_steps, 'step')}.",
         (f"{len(found.methods)} methods are compared" if len(found.methods) > 1 else "One method is tested")
-        + (f" on {_count(n_test, 'test subject')}" if n_test else "")
+        + (f" on {counted(n_test, 'test subject')}" if n_test else "")
         + (f", with {each} each" if most else "")
         + ".",
     ]
@@ -221,7 +218,7 @@ def _checked_steps(found: Collected) -> str:
 
 def _means_over(found: Collected) -> str:
     n_test, n_seeds = len(found.test.get("cases", {})), max(len(row.seeds) for row in found.rows)
-    subjects = _count(n_test, "test subject") if n_test else "the test subjects"
+    subjects = counted(n_test, "test subject") if n_test else "the test subjects"
     return subjects + (f" and up to {n_seeds} seeds" if n_seeds > 1 else "")
 
 
@@ -416,13 +413,9 @@ def _test_set_table(found: Collected) -> str:
     """Mean Dice by test set; "" where the scores have none."""
     if not found.by_test_set:
         return ""
-    known = {True: "never trained on", False: "trained on other subjects of it", None: "unknown whether trained on"}
     header = ["method"]
     for one in found.by_test_set:
-        subjects = _count(one.n_subjects, "subject")
-        if one.n_classes < len(found.classes):
-            subjects += f", {one.n_classes} of {len(found.classes)} organs"
-        header.append(f"{escape(one.name)}<br><small>%, {subjects}, {known[one.never_trained_on]}</small>")
+        header.append(f"{escape(one.name)}<br><small>%, {', '.join(one.about(len(found.classes)))}</small>")
     lines = [
         [
             method_name(row.method, found.methods),
@@ -586,7 +579,7 @@ def _made(found: Collected, commands: Sequence[str]) -> str:
             "<h3>Seeds and data</h3>",
             paragraph(
                 f"Seeds {seeds}; folds {listed([str(fold) for fold in found.schedule['folds']])}. "
-                f"{_count(len(found.test.get('cases', {})), 'test subject')}.{test_hash} "
+                f"{counted(len(found.test.get('cases', {})), 'test subject')}.{test_hash} "
                 f"The schedule file {found.schedule_file.name} has the sha256 {found.schedule_sha256}."
             ),
             details("All settings in force", code(settings, "Settings")),

@@ -136,7 +136,8 @@ class Row:
         }
 
 
-def _hundredths(value: float, sign: str = "", spread: float = math.nan) -> str:
+def hundredths(value: float, sign: str = "", spread: float = math.nan) -> str:
+    """100 times a value, with its spread, as text; ``n/a`` for NaN."""
     if math.isnan(value):
         return "n/a"
     text = f"{round(100 * value, 1) + 0.0:{sign}.1f}"
@@ -146,7 +147,7 @@ def _hundredths(value: float, sign: str = "", spread: float = math.nan) -> str:
 def _cell(row: Row, t: int, c: int, learned_at: Sequence[int]) -> str:
     if learned_at[c] > t:
         return ""
-    return _hundredths(row.dice[t - 1, c], spread=row.dice_std[t - 1, c])
+    return hundredths(row.dice[t - 1, c], spread=row.dice_std[t - 1, c])
 
 
 def _final_scores(rows: Sequence[Row], classes: Sequence[str], learned_at: Sequence[int]) -> list[list[str]]:
@@ -159,7 +160,7 @@ def _final_scores(rows: Sequence[Row], classes: Sequence[str], learned_at: Seque
         means, spreads = row.summary(learned_at)
         final = [_cell(row, len(row.dice), c, learned_at) for c in range(len(classes))]
         summary = [
-            _hundredths(means[key], "+" if key == "backward_transfer" else "", spreads[key]) for key in _SUMMARY_COLUMNS
+            hundredths(means[key], "+" if key == "backward_transfer" else "", spreads[key]) for key in _SUMMARY_COLUMNS
         ]
         lines.append([marked(row.method), seed_numbers(row.seeds), *final, *summary])
     return lines
@@ -180,10 +181,10 @@ def _beside_dice(rows: Sequence[Row]) -> list[str]:
         counts = [str(n) for n in (final.missed, final.invented, final.both_empty, final.n_scores)]
         fewer = f" ({named_seeds(final.gap_seeds)})" if 0 < len(final.gap_seeds) < len(row.seeds) else ""
         gaps = [
-            _hundredths(gap, "+") + (fewer if not math.isnan(gap) else "")
+            hundredths(gap, "+") + (fewer if not math.isnan(gap) else "")
             for gap in (final.gap_to_joint, final.plasticity_gap)
         ]
-        lines.append([marked(row.method), _hundredths(final.nsd), hd95, *counts, *gaps])
+        lines.append([marked(row.method), hundredths(final.nsd), hd95, *counts, *gaps])
     return [
         f"After the last step, mean over classes (NSD at {tolerance_mm:g} mm; HD95 where it exists, the rest counted)",
         *aligned(lines, header=2),
@@ -196,7 +197,7 @@ def _scores_by_step(row: Row, classes: Sequence[str], learned_at: Sequence[int])
     for t, scores in enumerate(row.dice, start=1):
         if not np.isnan(scores).all():
             cells = [_cell(row, t, c, learned_at) for c in range(len(classes))]
-            lines.append([str(t), *cells, _hundredths(metrics.mean(row.dice, learned_at, t))])
+            lines.append([str(t), *cells, hundredths(metrics.mean(row.dice, learned_at, t))])
     return lines
 
 

@@ -126,6 +126,11 @@ def fate(before: float, after: float, guard: Guard = THRESHOLDS) -> str:
     return "improved" if after > before else "weakened"
 
 
+def counted(n: int, word: str) -> str:
+    """``1 organ``, ``2 organs``."""
+    return f"{n} {word}{'' if n == 1 else 's'}"
+
+
 def listed(names: Sequence[str]) -> str:
     """``a``, ``a and b``, ``a, b and c``."""
     return " and ".join([*([", ".join(names[:-1])] if names[:-1] else []), *names[-1:]])

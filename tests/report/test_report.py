@@ -265,7 +265,7 @@ def test_several_test_sets_have_a_column_each(chain):
     page = Page(write_report(chain, [variant]))
     assert page.rows("Mean Dice after the last step, by test set") == [["pgcd", "80.0", "40.0"]]
     assert "test set 2" in page.text
-    assert "%, 1 subject, unknown whether trained on" in page.text
+    assert "%, 1 subject, 3 organs, unknown whether trained on" in page.text
 
 
 def test_nothing_private_is_told(whole):
