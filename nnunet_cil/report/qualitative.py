@@ -21,6 +21,7 @@ from nnunet_cil.report.table import marked
 CT_WINDOW_HU = (-160.0, 240.0)  # soft tissue: level 40, width 400
 MARGIN = 0.3
 _MAX_COLUMNS = 4
+_SHOWN_SHARE = 0.1  # of an organ's largest area; a smaller one is a crumb
 _TITLE_SHARE = 0.92  # of a tile's width
 
 
@@ -67,13 +68,15 @@ def typical_and_worst(cases: Sequence[str], scores: NDArray[np.floating]) -> dic
 
 
 def best_slice(truth: NDArray[np.integer], n_classes: int) -> int:
-    """Index along axis 0 that shows most of all classes: the sum of each class's area over its own largest area.
+    """Index along axis 0 that shows most classes; of several, that with most of them. 0 without foreground.
 
-    With one class that is the slice with most of it; a large organ does not hide a small one. 0 without foreground.
+    A class is shown where its area is a tenth of its own largest one or more. How much of all classes there is, is the
+    sum of each one's area over its own largest, so that a large organ does not hide a small one.
     """
     axes = tuple(range(1, truth.ndim))
     areas = np.stack([(truth == value).sum(axes) for value in range(1, n_classes + 1)]).astype(float)
-    return int(np.argmax((areas / np.maximum(areas.max(1, keepdims=True), 1)).sum(0)))
+    shares = areas / np.maximum(areas.max(1, keepdims=True), 1)
+    return int(np.lexsort((-shares.sum(0), -(shares >= _SHOWN_SHARE).sum(0)))[0])
 
 
 def crop_around(masks: Sequence[NDArray[np.bool_]], margin: float = MARGIN) -> tuple[slice, slice]:
@@ -191,7 +194,7 @@ def plot_panel(
             for axes, (name, mask) in zip(grid.flat, tiles.items(), strict=False):
                 _draw_tile(axes, found, mask, styles)
                 dice = scores.get(title, {}).get(name, math.nan)
-                text = shown(marked(name)) + ("" if math.isnan(dice) else f"  {100 * dice:.0f}")
+                text = shown(marked(name)) + ("" if math.isnan(dice) else f", Dice {100 * dice:.0f} %")
                 written = axes.set_title(text, fontweight="normal")
                 needed = written.get_window_extent().width / figure.dpi
                 written.set_fontsize(written.get_fontsize() * min(1, _TITLE_SHARE * tile / needed))

@@ -45,6 +45,19 @@ def test_a_large_organ_does_not_hide_a_small_one():
     assert best_slice(truth, 2) == 1
 
 
+def test_a_slice_with_more_organs_is_better_than_one_with_more_of_them():
+    """Areas of a subject of CHAOS, with two slices around them in which these organs are largest."""
+    areas = [[1200, 0, 0, 0], [0, 700, 0, 0], [0, 0, 426, 449], [339, 71, 172, 300]]
+    truth = np.zeros((4, 2000), int)
+    for z, of in enumerate(areas):
+        truth[z, : sum(of)] = np.repeat([1, 2, 3, 4], of)
+    assert best_slice(truth, 4) == 3
+    truth[3][truth[3] == 2] = 0
+    truth[3, -69:] = 2  # a crumb: less than a tenth of its largest area
+    truth[3][truth[3] == 1] = 0
+    assert best_slice(truth, 4) == 2
+
+
 def test_slice_without_foreground():
     assert best_slice(np.zeros((3, 4, 4), int), 2) == 0
 
@@ -132,15 +145,8 @@ def test_an_image_of_one_value_or_without_numbers(subject):
         assert low < high
 
 
-@pytest.mark.parametrize("n_classes", [2, 20])
-def test_panel(subject, n_classes):
-    slices = {"Typical subject: a_$b": _read(subject), "Worst subject: c": _read(subject)}
-    dice = {title: {"pgcd": 0.5} for title in slices}
-    plot_panel(slices, dice, [f"_organ {c} $" for c in range(n_classes)], subject / "figures" / "panel.png")
-    assert sorted(path.name for path in (subject / "figures").iterdir()) == ["panel.pdf", "panel.png"]
-
-
-def test_long_names_do_not_run_into_each_other(subject, monkeypatch):
+def _kept(monkeypatch):
+    """The figures that are drawn from now on."""
     figures = []
 
     @contextmanager
@@ -150,6 +156,26 @@ def test_long_names_do_not_run_into_each_other(subject, monkeypatch):
             yield figure
 
     monkeypatch.setattr(qualitative, "drawing", kept)
+    return figures
+
+
+def test_titles_of_tiles_say_what_their_number_is(subject, monkeypatch):
+    figures, found = _kept(monkeypatch), _read(subject)
+    plot_panel({"a": found, "b": found}, {"a": {"pgcd": 0.786}, "b": {"pgcd": NAN}}, ["x", "y"], subject / "panel.png")
+    texts = [text.get_text() for text in figures[0].findobj(Text)]
+    assert [text for text in texts if text.startswith("pgcd")] == ["pgcd, Dice 79 %", "pgcd"]
+
+
+@pytest.mark.parametrize("n_classes", [2, 20])
+def test_panel(subject, n_classes):
+    slices = {"Typical subject: a_$b": _read(subject), "Worst subject: c": _read(subject)}
+    dice = {title: {"pgcd": 0.5} for title in slices}
+    plot_panel(slices, dice, [f"_organ {c} $" for c in range(n_classes)], subject / "figures" / "panel.png")
+    assert sorted(path.name for path in (subject / "figures").iterdir()) == ["panel.pdf", "panel.png"]
+
+
+def test_long_names_do_not_run_into_each_other(subject, monkeypatch):
+    figures = _kept(monkeypatch)
     methods = ["pgcd", *(f"pgcd-without_{name}_weights" for name in ("class", "channel", "static", "uniform", "row"))]
     found = read_slice(
         subject / "image.nii.gz",
