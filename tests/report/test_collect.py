@@ -9,6 +9,7 @@ import pytest
 
 from nnunet_cil.chain import JOINT
 from nnunet_cil.report.collect import collect, last_scores, read_terms
+from nnunet_cil.step_files import write_json
 from tests.report.chain_files import open_chain, write_chain, write_log, write_scores
 
 NAN = np.nan
@@ -42,6 +43,17 @@ def test_a_whole_chain(chain):
     )
     assert model.predict_command.startswith("nnUNetv2_predict -i TEST_IMAGES -o OUTPUT -d Dataset501_tiny_step2")
     assert model.predict_command.endswith(" -device cpu"), "it is nnU-Net's default no more than of a training"
+
+
+def test_costs_are_means_over_trainings(chain):
+    variants = write_chain(chain, methods=("pgcd",), seeds=(0, 1, 2))
+    seconds = (10.0, 20.0, None)
+    for variant, time in zip(variants, seconds, strict=True):
+        cost = {"seconds_training": time, "peak_memory_bytes": None if time is None else 1000 * time}
+        write_json(chain.model_folder(variant, 2) / "fold_all" / "cost.json", cost)
+    (cost,) = [one for one in collect(chain, variants).step_costs if one.step == "step2"]
+    assert (cost.seconds, cost.memory_bytes, cost.gpu_memory_bytes) == (15.0, 15000.0, None)
+    assert cost.parameters_added == 9
 
 
 def test_nothing_trained(chain):

@@ -13,11 +13,11 @@ from PIL import Image
 
 from nnunet_cil.chain import JOINT
 from nnunet_cil.evaluate import evaluation_file
-from nnunet_cil.report import write
+from nnunet_cil.report import gallery, write
 from nnunet_cil.report.write import write_report
 from nnunet_cil.schedule import load_schedule
 from tests.report import browser
-from tests.report.chain_files import open_chain, write_chain, write_scores, write_test_set
+from tests.report.chain_files import open_chain, write_chain, write_predictions, write_scores, write_test_set
 
 SECTIONS = ("summary", "numbers", "scores", "subjects", "pictures", "training", "prototypes", "made")
 VOID = {"meta", "link", "img", "br"}
@@ -182,6 +182,22 @@ def test_the_best_is_one_of_those_with_the_same_seeds(chain):
     assert _bold(page, LAST)["all organs"] == ["pgcd"]
     assert [line[1] for line in page.rows(LAST)] == ["0 1", "0 1", "0", "0"]
     assert "Bold: best of the methods with seeds 0, 1. " in page.text
+
+
+def test_the_best_in_forgetting_has_the_least(chain):
+    before, after = {"ball": 0.9, "tube": 0.9}, {"pgcd": 0.6, "pseudo": 0.8, "mib": 0.7}
+    write_scores(chain, chain.variant("pgcd", 0), 1, {"a": before})
+    page = Page(write_report(chain, _scored(chain, {method: {0: dice} for method, dice in after.items()})))
+    bold = _bold(page, "Keeping the old and learning the new")
+    assert bold["forgetting"] == ["pseudo"]
+    assert bold["change since learned"] == bold["all steps"] == bold["earlier organs"] == ["pseudo"]
+
+
+def test_joint_is_never_the_best(chain):
+    dice = {"pgcd": {0: 0.7}, "pseudo": {0: 0.5}, "joint": {0: 0.7}}
+    page = Page(write_report(chain, _scored(chain, dice)))
+    assert _bold(page, LAST)["all organs"] == ["pgcd"]
+    assert _bold(page, "Keeping the old and learning the new")["all organs"] == ["pgcd"]
 
 
 def test_nothing_is_the_best_where_no_two_methods_have_the_same_seeds(chain):
@@ -351,6 +367,30 @@ def test_subjects_of_the_pictures_are_chosen_by_the_method_that_the_table_compar
     (chosen,) = set(re.findall(r"Chosen by the scores of (\w+):", page.text))
     (compared,) = set(re.findall(r"Is the difference to (\w+) more than chance", page.text))
     assert chosen == compared == ("mib" if "mib" in methods else "pgcd")
+
+
+def test_pictures_have_each_subjects_own_dice(chain, monkeypatch):
+    seen = {}
+    plot_panel = gallery.plot_panel
+
+    def seeing(slices, scores, *args):
+        seen.update(scores)
+        plot_panel(slices, scores, *args)
+
+    monkeypatch.setattr(gallery, "plot_panel", seeing)
+    variants = write_chain(chain, ("pgcd", "joint"), cases=("a", "b", "c"))
+    for variant, rank in zip(variants, (0.0, 0.1), strict=True):
+        dice = {
+            case: {"ball": value - rank, "tube": 0.7, "blob": None}
+            for case, value in zip("abc", (0.9, 0.3, 0.5), strict=True)
+        }
+        write_predictions(chain, write_scores(chain, variant, JOINT if rank else 2, dice), dice)
+    page = Page(write_report(chain, variants))
+    by_kind = {title.split()[0]: scores for title, scores in seen.items()}
+    assert by_kind["Typical"] == pytest.approx({"pgcd": 0.6, "joint": 0.55})
+    assert by_kind["Worst"] == pytest.approx({"pgcd": 0.5, "joint": 0.45})
+    (alt,) = [image["alt"] for image in page.all("img") if "Worst subject" in image["alt"]]
+    assert "Typical subject c, mean Dice over its organs: pgcd 60.0, joint 55.0." in alt
 
 
 def test_joint_alone(chain):
