@@ -27,8 +27,8 @@ def present_variants(
         prepared: whether plans are enough.
 
     Returns:
-        Seeds outermost, the chain's own method first and joint last, or as asked for; the schedule's own where there
-        is nothing yet.
+        Seeds outermost, each with the chain's own method first, then joint of all seeds; or as asked for. The
+        schedule's own where there is nothing yet.
     """
     first, later = [], []
     for path, step in _files(chain, prepared):
@@ -45,7 +45,7 @@ def present_variants(
     if methods:
         return [chain.variant(method, seed) for seed in seeds for method in dict.fromkeys(methods)]
     by_seed = ([variant for variant in found if variant.seed == seed] or [chain.first_step(seed)] for seed in seeds)
-    return [variant for variants in by_seed for variant in variants]
+    return sorted((variant for variants in by_seed for variant in variants), key=lambda each: each.method == JOINT)
 
 
 def _files(chain: Chain, prepared: bool) -> Iterator[tuple[Path, int | str | None]]:
@@ -67,8 +67,8 @@ def _of_plans(content: Mapping[str, Any]) -> tuple[str, int | None]:
 
 
 def _ordered(chain: Chain, variants: Iterable[Variant]) -> list[Variant]:
-    def place(variant: Variant) -> tuple[bool, int, bool, bool, str]:
+    def place(variant: Variant) -> tuple[bool, int, bool, str]:
         method, seed = variant.method, variant.seed
-        return seed is None, seed or 0, method != chain.default_method, method == JOINT, method
+        return seed is None, seed or 0, method != chain.default_method, method
 
     return sorted(set(variants), key=place)

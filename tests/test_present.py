@@ -50,7 +50,7 @@ def test_all_that_is_scored_begun_or_prepared_is_found(chain):
     plans_of(chain, "joint", 2, JOINT)
     score(chain, "mib", 2, 2, 0.5)  # of another machine
     plans_of(chain, "ewc", 0, 2, begun=False)
-    begun = [("pseudo_kd", 0), ("mib", 2), ("pgcd-no_channel", 2), ("joint", 2), ("pseudo_kd", 10)]
+    begun = [("pseudo_kd", 0), ("mib", 2), ("pgcd-no_channel", 2), ("pseudo_kd", 10), ("joint", 2)]
     assert names(chain) == begun, "step 1 with seed 0 is of pseudo_kd as well"
     assert names(chain, prepared=True) == [("ewc", 0), *begun]
 

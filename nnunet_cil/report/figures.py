@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,7 +106,7 @@ def plot_mean_dice(rows: Sequence[Row], learned_at: Sequence[int], path_png: Pat
 
     A step without score is left out. The model trained on all classes together is a star at the last step with a
     dashed line across. Methods are listed by their last value, with its standard deviation over seeds, and these seeds
-    where most methods have others; of one that has not come to the last step, the label says which step it is of.
+    where not all methods have the same; of one that has not come to the last step, the label says which step it is of.
     Small dots are single seeds.
 
     Args:
@@ -121,8 +120,8 @@ def plot_mean_dice(rows: Sequence[Row], learned_at: Sequence[int], path_png: Pat
     """
     means = {row.method: _means_by_step(row.dice, learned_at) for row in rows}
     by_seed = {row.method: np.array([_means_by_step(dice, learned_at) for dice in row.by_seed]) for row in rows}
-    seeds = {row.method: frozenset(row.seeds) for row in rows}
-    usual = max(Counter(seeds.values()).items(), key=lambda item: (item[1], len(item[0])), default=(frozenset(), 0))[0]
+    same_seeds = len({frozenset(row.seeds) for row in rows}) == 1
+    seeds = {row.method: row.seeds for row in rows}
     means = {method: values for method, values in means.items() if not np.isnan(values).all()}
     styles, joint = method_styles([*among, *(row.method for row in rows)]), {r.method for r in rows if r.is_joint}
 
@@ -141,7 +140,7 @@ def plot_mean_dice(rows: Sequence[Row], learned_at: Sequence[int], path_png: Pat
                 label += f" ±{metrics.over_seeds(by_seed[method])[1][steps[-1] - 1]:.1f}"
                 for each in by_seed[method]:
                     axes.plot(range(1, len(each) + 1), each, ".", color=colour, markersize=4, alpha=0.7, clip_on=False)
-            if seeds[method] != usual:
+            if not same_seeds:
                 label += f", {named_seeds(seeds[method])}"
             shared = {"color": colour, "marker": marker, "markeredgecolor": "white", "markeredgewidth": 0.7}
             if method in joint and len(values) > 1:
