@@ -24,7 +24,7 @@ SCHEDULE = {
     "mirror_axes": [2],
     "training": {
         "epochs": 4,
-        "iterations_per_epoch": 80,
+        "iterations_per_epoch": 60,
         "val_iterations_per_epoch": 2,
         "initial_lr": 0.02,
         "later_lr": 0.02,
