@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import SimpleITK
 import torch
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import get_trainer_from_args, run_training
 from torch import nn
@@ -24,6 +25,7 @@ from nnunet_cil.cli.main import main
 from nnunet_cil.dataset import prepare_chain
 from nnunet_cil.driver import prepare, variants_of
 from nnunet_cil.environment import trainer_path_variable
+from nnunet_cil.evaluate import evaluate_model, evaluation_file
 from nnunet_cil.export import export_model
 from nnunet_cil.given_model import read_model
 from nnunet_cil.plan_override import apply_override
@@ -32,6 +34,7 @@ from nnunet_cil.step_files import write_json
 from nnunet_cil.teacher import inherited_from, sha256_of
 from nnunet_cil.trainer import IncrementalTrainer, unwrap
 from tests.conftest import write_tiny_dataset
+from tests.datasets import as_tiff
 from tests.test_given_model import move_away, packed, write_extension
 from tests.test_trainer import make_chain, module_patch, train, trainer_of  # noqa: F401  (a fixture)
 
@@ -355,6 +358,23 @@ def test_two_channels(tmp_path, monkeypatch):
     image = trainer.dataloader_val.data_loader._data.load_case("case_0")[0][:]
     np.testing.assert_allclose(image[0], -image[1], atol=1e-3, err_msg="each channel is normalised by itself")
     check_first_step(trainer, n_channels=2)
+
+
+def test_a_chain_of_tiffs_is_trained_and_scored_and_its_segmentations_have_their_spacing(tmp_path, monkeypatch):
+    spacing = [2.0, 1.0, 1.0]
+    monkeypatch.setattr(
+        "tests.test_trainer.write_tiny_dataset",
+        lambda folder, **changes: as_tiff(write_tiny_dataset(folder, **changes), spacing),
+    )
+    chain = make_chain(tmp_path, monkeypatch, ("pgcd",))
+    variant = chain.variant("pgcd", 0)
+    for step in (1, 2):
+        train(chain, step)
+        scores = evaluate_model(chain, variant, step, "all", CPU)["scores"]
+        (folder,) = evaluation_file(chain, variant, step, "all").parent.glob("*/")
+        assert {path.name for path in folder.iterdir()} == {f"{case}{e}" for case in scores for e in (".tif", ".json")}
+        for case in scores:
+            assert Tiff3DIO().read_seg(str(folder / f"{case}.tif"))[1]["spacing"] == spacing
 
 
 def test_each_fold_has_its_own_teacher_and_a_zip_of_all_folds_is_ensembled_and_extended(tmp_path, monkeypatch):
