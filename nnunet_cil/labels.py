@@ -107,8 +107,16 @@ def apply_remap(seg: np.ndarray, table: Mapping[int, int]) -> np.ndarray:
     Raises:
         ValueError: the array holds values that the table does not know.
     """
-    values, inverse = np.unique(seg, return_inverse=True)
-    if unknown := [v for v in values.tolist() if v not in table]:
-        raise ValueError(f"labels: got values {unknown}, expected only {sorted(table)} of dataset.json.")
-    dtype = np.uint16 if max(table.values(), default=0) > 255 else np.uint8
-    return np.array([table[int(v)] for v in values], dtype=dtype)[inverse].reshape(seg.shape)
+    below, above = min(table, default=0) - 1, max(table, default=0) + 1
+    lookup = np.full(above - below + 1, -1, np.int32)
+    for own, value in table.items():
+        lookup[own - below] = value
+    with np.errstate(invalid="ignore"):  # what is not finite becomes some number, and so differs from it
+        whole = seg.astype(np.int32)
+    mapped = lookup[whole.clip(below, above) - below]
+    unknown = (mapped < 0) | (whole != seg)
+    if unknown.any():
+        raise ValueError(
+            f"labels: got values {np.unique(seg[unknown]).tolist()}, expected only {sorted(table)} of dataset.json."
+        )
+    return mapped.astype(np.uint16 if max(table.values(), default=0) > 255 else np.uint8)

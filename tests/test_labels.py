@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -101,6 +103,16 @@ def test_remap_keeps_shape_and_takes_the_smallest_type():
 def test_remap_of_an_empty_array_and_of_whole_floats():
     assert apply_remap(np.zeros((0, 3), np.uint8), {0: 0}).shape == (0, 3)
     np.testing.assert_array_equal(apply_remap(np.array([0.0, 4.0], np.float32), {0: 0, 4: 1}), [0, 1])
+
+
+def test_remap_needs_little_memory():
+    """An abdominal CT has 80 million voxels; sorting them took 33 bytes each, and most of the time of a preparation."""
+    seg = np.arange(100_000, dtype=np.float32) % 14
+    tracemalloc.start()
+    apply_remap(seg, {value: value % 3 for value in range(14)})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 * seg.size
 
 
 def test_remap_names_unknown_values():
