@@ -754,12 +754,11 @@ class SlidingWindow:
         )
 
     def logits(self, image: np.ndarray) -> torch.Tensor:
-        """Logits (K, *spatial), float32 on the CPU, of a preprocessed image (C, *spatial)."""
+        """Logits (K, *spatial) on the CPU, in nnU-Net's half precision, of a preprocessed image (C, *spatial)."""
         was_training = self._predictor.network.training
         result = self._predictor.predict_sliding_window_return_logits(torch.from_numpy(np.asarray(image[:])))
         self._predictor.network.train(was_training)
-        # from the device first: the window of a large image may leave no room there for another one in float32
-        return result.cpu().to(torch.float32, copy=True)
+        return result.cpu().clone()  # without what it was padded with
 
 
 def class_locations(seg: np.ndarray, labels: Sequence[int], with_annotated: bool) -> dict[Any, np.ndarray]:

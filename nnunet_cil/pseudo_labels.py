@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from nnunet_cil.parallel import told
 logger = logging.getLogger(__name__)
 
 ENTROPY_BINS = 100
+VOXELS_AT_A_TIME = 10**6  # of a whole image; the probabilities of all would be as large as the logits
 SHARE_IN_ONE_PIECE = 0.95
 SIZE_OF_A_RIVAL = 0.5
 CONFIDENCE_OF_A_TIE = 0.02
@@ -75,10 +76,20 @@ def entropy_histogram(labels: torch.Tensor, teacher_logits: torch.Tensor) -> tor
         teacher_logits: (B, n_old, *S).
     """
     n_old = teacher_logits.shape[1]
-    probabilities = torch.softmax(teacher_logits.float(), 1)
-    bins = (normalised_entropy(probabilities) * ENTROPY_BINS).long().clamp_(0, ENTROPY_BINS - 1)
-    index = probabilities.argmax(1, keepdim=True) * ENTROPY_BINS + bins
-    return torch.bincount(index[labels == 0], minlength=n_old * ENTROPY_BINS).reshape(n_old, ENTROPY_BINS)
+    total = torch.zeros(n_old * ENTROPY_BINS, dtype=torch.int64, device=labels.device)
+    for part in _slabs(labels.shape):
+        probabilities = torch.softmax(teacher_logits[part].float(), 1)
+        bins = (normalised_entropy(probabilities) * ENTROPY_BINS).long().clamp_(0, ENTROPY_BINS - 1)
+        index = probabilities.argmax(1, keepdim=True) * ENTROPY_BINS + bins
+        total += torch.bincount(index[labels[part] == 0], minlength=len(total))
+    return total.reshape(n_old, ENTROPY_BINS)
+
+
+def _slabs(shape: Sequence[int]) -> Iterator[tuple[slice, slice, slice]]:
+    """Cut a batch (B, C, *spatial) along its first spatial axis into parts of about ``VOXELS_AT_A_TIME``."""
+    depth = max(1, VOXELS_AT_A_TIME // max(1, math.prod(shape[3:])))
+    for begin in range(0, shape[2], depth):
+        yield slice(None), slice(None), slice(begin, begin + depth)
 
 
 def median_entropies(histogram: torch.Tensor, smallest: float = 1e-3) -> torch.Tensor:
@@ -150,7 +161,7 @@ def in_one_piece(labels: np.ndarray, classes: Iterable[int], share: float = SHAR
 
 
 def without_islands(
-    merged: np.ndarray, is_proposed: np.ndarray, probabilities: np.ndarray, classes: Sequence[int], ignore_id: int
+    merged: np.ndarray, is_proposed: np.ndarray, confidence: np.ndarray, classes: Sequence[int], ignore_id: int
 ) -> np.ndarray:
     """Pseudo-labels of which these classes keep one component; their other voxels are ignored.
 
@@ -161,19 +172,22 @@ def without_islands(
     Args:
         merged: (1, *spatial), the step's own labels completed by the teacher.
         is_proposed: (1, *spatial), where the teacher completed them.
-        probabilities: (n_old, *spatial) of the teacher.
+        confidence: (1, *spatial), the teacher's probability of what it decided on.
         classes: old classes from 1 on that are in one piece in a whole image, see `in_one_piece`.
         ignore_id: given to the voxels that are left out.
     """
     result = merged.copy()
-    for c in classes:
-        mask = ((merged == c) & is_proposed)[0]
+    proposed = np.where(is_proposed, merged, 0)[0]
+    boxes = ndimage.find_objects(np.maximum(proposed, 0))
+    for c, box in enumerate(boxes, 1):
+        if c not in classes or box is None:
+            continue
+        mask = proposed[box] == c
         components, sizes = label_with_component_sizes(mask)
         rivals = [number for number, size in sizes.items() if size >= SIZE_OF_A_RIVAL * max(sizes.values())]
-        if rivals:
-            confidence = np.asarray(ndimage.mean(probabilities[c], components, rivals))
-            kept = np.asarray(rivals)[confidence >= confidence.max() - CONFIDENCE_OF_A_TIE]
-            result[0][mask & ~np.isin(components, kept)] = ignore_id
+        means = np.asarray(ndimage.mean(confidence[0][box], components, rivals))
+        kept = np.asarray(rivals)[means >= means.max() - CONFIDENCE_OF_A_TIE]
+        result[0][box][mask & ~np.isin(components, kept)] = ignore_id
     return result
 
 
@@ -262,13 +276,15 @@ class PseudoLabelCache:
         with_annotated: bool,
     ) -> None:
         n_classes = self.key["n_classes"]
-        own = torch.from_numpy(seg.astype(np.int64))[None]
-        own = torch.where(own >= self.key.get("ignored_from", n_classes), n_classes, own)
-        logits = rule_out(logits[None], [ruled_out])
-        merged = merge_pseudo_labels(own, logits, accepts, ignore_id=n_classes)[0].numpy()
+        own = torch.from_numpy(seg.astype(np.int16))[None]
+        own[own >= self.key.get("ignored_from", n_classes)] = n_classes
+        merged, confidence = np.empty_like(seg, np.int16), np.empty_like(seg, np.float32)
+        for part in _slabs(own.shape):
+            of_teacher = rule_out(logits[None][part].float(), [ruled_out])
+            merged[part[1:]] = merge_pseudo_labels(own[part], of_teacher, accepts, n_classes)[0].numpy()
+            confidence[part[1:]] = torch.softmax(of_teacher, 1).amax(1).numpy()
         if pieces := self.key.get("one_piece"):
-            probabilities = torch.softmax(logits[0].float(), 0).numpy()
-            merged = without_islands(merged, own[0].numpy() == 0, probabilities, pieces, n_classes)
+            merged = without_islands(merged, own[0].numpy() == 0, confidence, pieces, n_classes)
         locations = nnunet_api.class_locations(merged, range(1, n_classes), with_annotated)
         counts = np.bincount(merged[(merged >= 0) & (merged < n_classes)], minlength=n_classes)
         arrays = {"source": np.asarray(self._source_digest(seg, ruled_out)), "counts": counts}

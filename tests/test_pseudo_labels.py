@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from nnunet_cil import pseudo_labels
 from nnunet_cil.pseudo_labels import (
     ENTROPY_BINS,
     JoinedDataset,
@@ -131,8 +132,8 @@ def test_islands_of_a_class_in_one_piece_are_ignored_and_nothing_else_changes():
     is_proposed[0, 0, 3, 5] = False
     before, expected = merged.copy(), merged.copy()
     expected[0, 4, 5, 4:6] = 9
-    confidence = np.full((4, 5, 6, 6), 0.6)
-    confidence[1, 4, 5, 4:6] = 0.9
+    confidence = np.full((1, 5, 6, 6), 0.6)
+    confidence[0, 4, 5, 4:6] = 0.9
     np.testing.assert_array_equal(without_islands(merged, is_proposed, confidence, [1, 3], 9), expected)
     np.testing.assert_array_equal(merged, before)
     np.testing.assert_array_equal(without_islands(merged, is_proposed, confidence, [], 9), merged)
@@ -145,11 +146,11 @@ def test_islands_of_a_class_in_one_piece_are_ignored_and_nothing_else_changes():
 )
 def test_of_components_of_like_size_the_most_confident_is_the_organ(size, confident, keeps):
     merged = np.zeros((1, 3, 3, 9), np.int16)
-    confidence = np.full((2, 3, 3, 9), 0.7)
+    confidence = np.full((1, 3, 3, 9), 0.7)
     first, second = (slice(None), 0, 0, slice(0, 8)), (slice(None), 2, 2, slice(0, size))
     merged[first] = merged[second] = 1
-    confidence[1][first[1:]] = [0.55, 0.99] * 4
-    confidence[1][second[1:]] = confident
+    confidence[first] = [0.55, 0.99] * 4
+    confidence[second] = confident
     found = without_islands(merged, merged == 0, confidence, [1], 5)
     np.testing.assert_array_equal(found, merged, err_msg="what was not proposed stays")
     found = without_islands(merged, merged >= 0, confidence, [1], 5)
@@ -244,6 +245,27 @@ def test_cache_leaves_out_islands_of_classes_in_one_piece(tmp_path, dataset):
         assert seg[5, 0, 0] == found
         assert (seg[2:4] == 1).all()
         assert len(locations[1]) == cache.counts(["a"])[1] == (seg == 1).sum()
+
+
+def test_of_a_large_image_a_part_at_a_time_is_looked_at(tmp_path, dataset, monkeypatch):
+    """Probabilities of all its voxels are as large as the logits, gigabytes for a CT."""
+    logits, seen = torch.randn(3, 6, 6, 6, generator=torch.Generator().manual_seed(0)), []
+    labels = torch.from_numpy(dataset.cases["a"][1])[None]
+
+    def believed(probabilities, decision):
+        seen.append(decision.numel())
+        return BELIEVED(probabilities, decision)
+
+    found = []
+    for voxels in (1000, 80):
+        monkeypatch.setattr(pseudo_labels, "VOXELS_AT_A_TIME", voxels)
+        cache = PseudoLabelCache(tmp_path / f"{voxels}", KEY | {"n_classes": 4, "one_piece": [1]})
+        cache.fill(dataset, ["a"], lambda image: logits, believed, (4, 4, 4), with_annotated=False)
+        found.append([np.asarray(cache.load("a")[0][:]), entropy_histogram(labels, logits[None]).numpy()])
+    for whole, in_parts in zip(*found, strict=True):
+        np.testing.assert_array_equal(whole, in_parts)
+    assert seen == [216, 72, 72, 72]
+    assert {*np.unique(found[0][0])} == {0, 1, 2, 4}
 
 
 def test_cache_is_made_once_a_label_file_teacher_and_setting(tmp_path, dataset):
