@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock
+from scipy import ndimage
 
 from nnunet_cil.checkpoint import read_checkpoint
 from nnunet_cil.parallel import told, worker_count
@@ -612,9 +613,15 @@ def case_metrics(
     rw = reader_writer(dataset_json, reference)
     found = compute_metrics(str(reference), str(prediction), rw, list(labels), ignore)["metrics"]
     (wanted, properties), (got, _) = rw.read_seg(str(reference)), rw.read_seg(str(prediction))
-    scored = wanted[0] != ignore
+    boxes = [
+        ndimage.find_objects(np.maximum(seg[0], 0).astype(np.int32), max(labels, default=0)) for seg in (wanted, got)
+    ]
     for label in labels:
-        masks = [(seg[0] == label) & scored for seg in (wanted, got)]
+        of_both = [of_one[label - 1] for of_one in boxes if of_one[label - 1] is not None]
+        around = [slice(min(s.start for s in axis), max(s.stop for s in axis)) for axis in zip(*of_both, strict=True)]
+        here = (slice(None), *around[1:])  # in all slices: of a single one, which is an image in 2D, scores differ
+        scored = np.True_ if ignore is None else wanted[0][here] != ignore
+        masks = [(seg[0][here] == label) & scored for seg in (wanted, got)]
         found[label] |= surface_scores(*masks, properties["spacing"], tolerance_mm)
     return found
 

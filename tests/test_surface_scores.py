@@ -157,6 +157,26 @@ def test_a_case_is_scored_by_nnunets_dice_and_in_mm_of_its_own_axes(write):
     assert all(np.isnan(found[4][key]) for key in ("Dice", "hd95_mm", "nsd"))
 
 
+def test_a_case_is_scored_around_each_organ_as_in_the_whole_image(write, monkeypatch):
+    reference, prediction = 1 * box(), 1 * box((2, 3, 1))
+    reference[13, 2:9, 2:9] = prediction[13, 3:9, 2:8] = 2  # in a single slice of many
+    reference[15:, 35:, 40:] = prediction[:2, :5, :7] = 3  # apart, each in a corner
+    reference[19, 0, 0], prediction[17, 20:, 5] = 4, 5
+    looked_at = []
+
+    def seen(reference, prediction, *others):
+        looked_at.append(max(reference.size, prediction.size))
+        return surface_scores(reference, prediction, *others)
+
+    monkeypatch.setattr("nnunet_cil.nnunet_api.surface_scores", seen)
+    files = write("r.nii.gz", reference), write("p.nii.gz", prediction)
+    found = case_metrics(*files, {"file_ending": ".nii.gz"}, [1, 2, 3, 4, 5, 6], None, 2.0)
+    for label in found:
+        whole = surface_scores(reference == label, prediction == label, SPACING_MM, 2.0)
+        assert {key: found[label][key] for key in whole} == pytest.approx(whole, nan_ok=True)
+    assert looked_at[0] < reference.size / 3, "an abdominal CT has 80 million voxels, an organ far fewer"
+
+
 def test_ignored_voxels_take_part_in_no_score(write):
     reference, prediction = 1 * box(), 1 * box()
     reference[15:], prediction[16:18, 10:25, 20:40] = 9, 1  # an island, where nobody knows what is there
