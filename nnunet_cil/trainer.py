@@ -739,6 +739,8 @@ class IncrementalTrainer(nnUNetTrainer):
         if self.incremental and not self._is_fused and (share := self.objective.fusion_share()):
             fuse_weights(unwrap(self.network), self.teacher.weights, share)
             self.print_to_log_file(f"Weights fused: {share:.3f} of the teacher's, {1 - share:.3f} of this step's.")
+        if self.local_rank == 0 and not (self._has_ended or self.disable_checkpointing):
+            Path(self.output_folder, PROTOTYPE_FILE).unlink(missing_ok=True)  # of the checkpoint that is replaced now
         super().on_train_end()
         self._remove_taps()
         if self._has_ended:

@@ -14,6 +14,9 @@ import torch
 from nnunet_cil import nnunet_api
 from nnunet_cil.chain import Chain
 from nnunet_cil.checkpoint import read_checkpoint
+from nnunet_cil.prototypes import PrototypeStore
+from nnunet_cil.teacher import sha256_of
+from nnunet_cil.trainer import IncrementalTrainer
 from tests.test_trainer import CPU, fold_of, make_chain, module_patch, train, trainer_of  # noqa: F401  (a fixture)
 
 NAN = "NaN loss"
@@ -93,6 +96,20 @@ def test_a_training_that_is_resumed_after_its_last_checkpoint_is_not_fused_twice
     train(chain, 2, "ewf", resume=True)
     after = read_checkpoint(path)["network_weights"]
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
+
+
+def test_a_fold_that_is_trained_anew_does_not_pass_for_ended_by_the_prototypes_of_before(chain, monkeypatch):
+    def killed(trainer):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(IncrementalTrainer, "_final_prototypes", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(chain, 1)
+    folder = fold_of(chain, 1)
+    train(chain, 1, resume=True)
+    stored = PrototypeStore.load(folder / "prototypes.npz")
+    assert stored.checkpoint_sha256 == sha256_of(folder / "checkpoint_final.pth")
 
 
 @pytest.mark.faults("clock that jumps", "costs are measured by a clock that cannot be set", "nothing")
