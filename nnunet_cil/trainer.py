@@ -425,8 +425,12 @@ class IncrementalTrainer(nnUNetTrainer):
             digest.update(np.ascontiguousarray(np.asarray(dataset.load_case(case)[1][:])).tobytes())
             digest.update(repr(self._relabelled.get(case, ())).encode())
         path = Path(self.preprocessed_dataset_folder_base, "pseudo_labels", f"entropy_{digest.hexdigest()[:16]}.json")
-        if is_there(path):
+
+        def kept() -> torch.Tensor:
             return torch.tensor(json.loads(path.read_text(encoding="utf-8"))["thresholds"])
+
+        if is_there(path):
+            return kept()
         histogram = torch.zeros(self.block.n_old, ENTROPY_BINS, dtype=torch.int64)
         with self._autocast():
             for case in CasesOfThisRank(cases):
@@ -437,8 +441,12 @@ class IncrementalTrainer(nnUNetTrainer):
         thresholds = median_entropies(torch.stack(gathered(histogram)).sum(0))
         if self.local_rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(path.with_suffix(".lock")):  # other methods may write the same, where trainings are jobs
-                write_json(path, {"thresholds": thresholds.tolist()})
+            with FileLock(path.with_suffix(".lock")):  # another job's may be there now, and differ in the last digits
+                if path.is_file():
+                    thresholds = kept()
+                else:
+                    write_json(path, {"thresholds": thresholds.tolist()})
+        thresholds = gathered(thresholds)[0]
         self.print_to_log_file(f"Entropy thresholds by class: {[round(t, 4) for t in thresholds.tolist()]}")
         return thresholds
 

@@ -16,7 +16,7 @@ import torch
 from nnunet_cil.chain import Chain
 from nnunet_cil.objectives.pgcd import class_balance
 from nnunet_cil.objectives.plop import PLOP
-from nnunet_cil.pseudo_labels import kept_cases_of
+from nnunet_cil.pseudo_labels import entropy_histogram, kept_cases_of
 from nnunet_cil.step_files import write_json
 from nnunet_cil.teacher import load_teacher
 from tests.test_trainer import fold_of, make_chain, module_patch, train, trainer_of  # noqa: F401  (a fixture)
@@ -241,6 +241,26 @@ def test_entropy_thresholds_are_those_of_the_teacher_and_of_what_is_labelled(cha
             change()
             trainer._make_pseudo_labels(cases, training=cases)
             assert len([*folder.glob("entropy_*.json")]) == number
+
+
+def test_entropy_thresholds_that_another_job_has_written_meanwhile_are_taken(chain, monkeypatch):
+    trainer = trainer_of(chain, 2, "plop")
+    trainer.on_train_start()
+    cases, folder = trainer.dataloader_train.data_loader._data.identifiers, trainer._cache.folder.parent
+    for path in folder.glob("entropy_*.json"):
+        path.unlink()
+    trainer._make_pseudo_labels(cases, training=cases)
+    (path,) = folder.glob("entropy_*.json")
+    path.unlink()
+
+    def counted(labels, logits):
+        write_json(path, {"thresholds": [0.25, 0.75]})
+        return entropy_histogram(labels, logits)
+
+    monkeypatch.setattr("nnunet_cil.trainer.entropy_histogram", counted)
+    assert trainer._make_pseudo_labels(cases, training=cases).key["entropy"] == [0.25, 0.75]
+    assert json.loads(path.read_text(encoding="utf-8"))["thresholds"] == [0.25, 0.75]
+    path.unlink()
 
 
 def relabel(trainer):
