@@ -2,8 +2,9 @@
 
 A checkpoint is a pickle, which can call any function when it is loaded. PyTorch's restricted unpickler knows tensors,
 plain containers and numbers, but not NumPy's numbers, which nnU-Net's logs hold. Its advice is to allow NumPy's own
-functions; but ``numpy.dtype`` takes flags from a pickle that let bytes be used as pointers. So these names lead to
-functions of ours here, which know numbers and arrays of numbers.
+functions; but ``numpy.dtype`` takes flags from a pickle that let bytes be used as pointers, and so does
+``numpy.ndarray``, called with a buffer. So these names lead to functions of ours here, which know numbers and arrays of
+numbers, and refuse what would be more to NumPy's own, as nnU-Net unpickles the same file afterwards.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import numpy as np
 import torch
 
 _NUMBERS = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
+_PLAIN = (3, None, None, None, -1, -1, 0)
+"""State of the type of a number, without its byte order."""
 
 
 class _NumberType:
@@ -29,13 +32,15 @@ class _NumberType:
         self.dtype = np.dtype(code)
 
     def __setstate__(self, state: tuple) -> None:
+        if (*state[:1], *state[2:]) != _PLAIN:
+            raise UnpicklingError(f"NumPy's type {self.dtype.str!r} with fields or flags, which is no number")
         self.dtype = self.dtype.newbyteorder(state[1])
 
 
 class _Array(np.ndarray):
     """In place of ``numpy.ndarray``."""
 
-    def __new__(cls, *_: Any) -> _Array:
+    def __new__(cls) -> _Array:
         return np.empty(0, np.uint8).view(cls)
 
     def __setstate__(self, state: tuple) -> None:
