@@ -552,6 +552,7 @@ def _train(chain: Chain, variant: Variant, step: int | str, fold: int | str, lab
     progress = _Progress(label, block.training.epochs, (*block.old_classes, *block.new_classes))
     command = nnunet_api.train_process_command(arguments, resume)
     with open(log_path, "a", encoding="utf-8") as log:
+        begun = log.tell()
         process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
@@ -578,7 +579,7 @@ def _train(chain: Chain, variant: Variant, step: int | str, fold: int | str, lab
     if code:
         killed = "\nCode -9: it was killed, most often because memory ran out." if code == -signal.SIGKILL else ""
         raise RuntimeError(
-            f"{label}: the training ended with code {code}.\n{_reason(log_path)}\nAll of it: {log_path}{killed}"
+            f"{label}: the training ended with code {code}.\n{_reason(log_path, begun)}\nAll of it: {log_path}{killed}"
         )
 
 
@@ -590,9 +591,15 @@ def _clear_up(training: subprocess.Popen) -> None:
         os.killpg(training.pid, signal.SIGKILL)
 
 
-def _reason(log_path: Path) -> str:
-    """The error in a training's output: from the last exception's line on, or the last lines."""
-    lines = [line for line in log_path.read_text(errors="replace").splitlines() if line.strip()][-200:]
+def _reason(log_path: Path, begun: int) -> str:
+    """The error in a training's output: from the last exception's line on, or the last lines.
+
+    Args:
+        begun: where its output begins, behind that of earlier calls.
+    """
+    with open(log_path, encoding="utf-8", errors="replace") as log:
+        log.seek(begun)
+        lines = [line for line in log.read().splitlines() if line.strip()][-200:]
     starts = [i for i, line in enumerate(lines) if re.match(r"^[A-Za-z_.]*(Error|Exception|Interrupt)\b", line)]
     return "\n".join(lines[starts[-1] :][:40] if starts else lines[-15:])
 

@@ -76,6 +76,14 @@ def test_a_training_that_is_killed_ends_the_run_although_its_worker_lives_on(tra
     wait_until(lambda: is_gone(worker), "the worker lives on")
 
 
+def test_the_reason_of_a_failure_is_this_trainings_and_not_that_of_an_earlier_one(train):
+    with pytest.raises(RuntimeError, match=r"ended with code 1\.\nValueError: mended since"):
+        train("echo begins; echo ValueError: mended since; exit 1")
+    with pytest.raises(RuntimeError, match=r"ended with code -9\.\nbegins again\nAll of it") as caught:
+        train("echo begins again; kill -9 $$")
+    assert "mended since" not in str(caught.value)
+
+
 @linux
 def test_an_interrupt_ends_training_and_workers(train):
     def interrupt() -> None:
