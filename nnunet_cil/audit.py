@@ -335,15 +335,16 @@ def check_forget(chain: Chain, steps: Sequence[int | str]) -> Forgetting:
     for step in known:
         for folder in (chain.raw(step), chain.preprocessed(step)):
             chain.check_not_foreign(folder)
-        folds = [fold for model in _models(chain, step) for fold in _folds(chain, model)]
-        if not folds:
+        own, readers = _models(chain, step), list(_readers(chain, step))
+        if not own:
             problems.append(f"{_called(step)}: got no training, expected a finished one before its data are removed.")
         problems += [
             f"{fold}: got a training that has not ended, expected it to. Run the chain, or remove this folder's model."
-            for fold in folds
+            for model in dict.fromkeys([*own, *(model for _, models in readers for model in models)])
+            for fold in _folds(chain, model)
             if not is_finished(fold)
         ]
-        lost += _never_trained(chain, step)
+        lost += [name for name, models in readers if not models]
     if problems:
         raise ValueError("\n".join(["nothing was removed:", *problems]))
     return Forgetting({step: found[step].data for step in dict.fromkeys(steps)}, tuple(dict.fromkeys(lost)))
@@ -355,17 +356,15 @@ def _folds(chain: Chain, model: Path) -> list[Path]:
     return list(dict.fromkeys([*(model / f"fold_{fold}" for fold in chain.schedule.folds), *there]))
 
 
-def _never_trained(chain: Chain, step: int | str) -> list[str]:
-    """Prepared variants without a model that need a step's data: of this step, replay of a later one, joint of any."""
-    lost = []
+def _readers(chain: Chain, step: int | str) -> Iterator[tuple[str, list[Path]]]:
+    """Prepared variants that need a step's data, with their models: its own, replay of later steps, joint of any."""
     for other in _steps(chain):
-        trained = {model.name.split("__")[1] for model in _models(chain, other)}
         for block, name in _prepared_plans(chain, other):
             replays = JOINT not in (step, other) and int(other) > int(step) and keeps_scans(block["method"])
             joins = other == JOINT and chain.schedule.source is None
-            if name not in trained and (other == step or replays or joins):
-                lost.append(f"{block['method']}, seed {block['training']['seed']}, {_called(other)}")
-    return lost
+            if other == step or replays or joins:
+                models = [model for model in _models(chain, other) if model.name.split("__")[1] == name]
+                yield f"{block['method']}, seed {block['training']['seed']}, {_called(other)}", models
 
 
 def _prepared_plans(chain: Chain, step: int | str) -> Iterator[tuple[dict[str, Any], str]]:

@@ -404,6 +404,28 @@ def test_replay_and_joint_are_shown_as_what_they_are(cut_up):
     assert not cut_up.raw("joint").exists()
 
 
+def test_data_that_a_training_of_a_later_step_has_begun_with_are_not_removed(cut_up):
+    finish(cut_up, 1)
+    begun = fold_of(cut_up, 2, "replay")
+    begun.mkdir(parents=True)
+    with pytest.raises(ValueError, match="got a training that has not ended, expected it to") as caught:
+        check_forget(cut_up, [1])
+    assert str(begun) in str(caught.value)
+    finish(cut_up, 2, "replay")
+    assert check_forget(cut_up, [1]).lost == ()
+
+
+def test_own_data_that_joint_has_begun_with_are_not_removed(chain):
+    prepare_chain(chain, variants_of(chain, ["joint"], []))
+    begun = fold_of(chain, "joint", "joint")
+    begun.mkdir(parents=True)
+    with pytest.raises(ValueError, match="got a training that has not ended, expected it to") as caught:
+        check_forget(chain, [1])
+    assert str(begun) in str(caught.value)
+    finish(chain, "joint", "joint")
+    check_forget(chain, [1])
+
+
 def test_what_a_forgotten_step_was_trained_on_is_not_scored(cut_up):
     finish(cut_up, 1)
     finish(cut_up, 2)
