@@ -28,6 +28,7 @@ PATIENCE_SECONDS = 120.0
 SCORE_FILES = "predictions/*/*/scores.json"
 NUMBERS_LOCK = ".nnunet_cil.lock"
 """In nnUNet_results, held while a new chain takes its dataset numbers."""
+LOCK_MODE = 0o666  # whatever the umask: users who share nnUNet_results have to open each other's
 JOINT = "joint"
 _TRAINER_PREFIX = "nnUNetTrainer"
 REPLAY_TRAINER = "nnUNetTrainerReplay"
@@ -170,7 +171,7 @@ class Chain:
         """
         path = self._lock_file(part)
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path, timeout=0 if not part else -1 if however_long else PATIENCE_SECONDS)
+        lock = FileLock(path, timeout=0 if not part else -1 if however_long else PATIENCE_SECONDS, mode=LOCK_MODE)
         try:
             lock.acquire()
         except Timeout as error:
@@ -187,7 +188,7 @@ class Chain:
         """Whether a process works on this chain, or on a part of it, see `locked`."""
         path = self._lock_file(part)
         try:
-            with FileLock(path, timeout=0) if path.is_file() else nullcontext():
+            with FileLock(path, timeout=0, mode=LOCK_MODE) if path.is_file() else nullcontext():
                 return False
         except Timeout:
             return True
@@ -198,7 +199,7 @@ class Chain:
     def claim_numbers(self) -> None:
         """Write a new chain's ``chain.json``, with numbers that no other chain chose in the meantime."""
         self.paths["nnUNet_results"].mkdir(parents=True, exist_ok=True)
-        with FileLock(self.paths["nnUNet_results"] / NUMBERS_LOCK, timeout=PATIENCE_SECONDS):
+        with FileLock(self.paths["nnUNet_results"] / NUMBERS_LOCK, timeout=PATIENCE_SECONDS, mode=LOCK_MODE):
             if self._is_new:
                 self._choose_numbers()
             self.save()

@@ -108,6 +108,19 @@ def test_two_chains_that_start_at_once_have_different_numbers(schedule, tmp_path
         assert numbers(chain) == numbers(Chain.open(chain.schedule)) == before
 
 
+def test_locks_in_a_folder_that_users_share_are_for_all_of_them(schedule, nnunet_folders):
+    before = os.umask(0o022)
+    try:
+        chain = Chain.open(schedule)
+        chain.claim_numbers()
+        with chain.locked(), chain.locked("part"):
+            pass
+    finally:
+        os.umask(before)
+    locks = {path.name: path.stat().st_mode & 0o777 for path in nnunet_folders["nnUNet_results"].rglob("*.lock")}
+    assert locks == dict.fromkeys((".nnunet_cil.lock", ".lock", "part.lock"), 0o666)
+
+
 def test_no_other_chain_gets_the_number_kept_for_joint(schedule, tmp_path, source):
     first = Chain.open(schedule)
     start(first)
