@@ -28,6 +28,7 @@ from nnunet_cil.report.words import Outcome, fate, listed
 from nnunet_cil.schedule import Guard
 from nnunet_cil.step_files import CHECKPOINT, PROTOTYPE_FILE, write_json
 from nnunet_cil.teacher import load_teacher, sha256_of
+from nnunet_cil.untrusted import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -160,9 +161,17 @@ def checks_of(content: Mapping[str, Any]) -> dict[str, Check]:
 
 
 def read_checks(chain: Chain) -> dict[str, Check]:
-    """What the guard has seen in a chain, see `checks_of`."""
+    """What the guard has seen in a chain, see `checks_of`.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     path = chain.folder / GUARD_FILE
-    return checks_of(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    expected = "what the guard against forgetting wrote there. Remove it: `nnunet-cil run` compares the steps anew"
+    try:
+        return checks_of(read_json(path, expected)) if path.is_file() else {}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: got no record of steps ({error!r}), expected {expected}.") from error
 
 
 def place_of(chain: Chain, variant: Variant, step: int | str, fold: int | str) -> str:

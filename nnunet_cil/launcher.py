@@ -6,7 +6,6 @@ whether the job waits or runs, Slurm. Logs and what submitit needs lie in the ch
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -31,6 +30,7 @@ from nnunet_cil.chain import Chain
 from nnunet_cil.parallel import on_sigterm
 from nnunet_cil.schedule import Schedule
 from nnunet_cil.step_files import write_json
+from nnunet_cil.untrusted import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -172,8 +172,18 @@ def _state(chain: Chain, name: str, entry: Mapping[str, Any], queue: Mapping[str
 
 
 def _entries(chain: Chain) -> dict[str, dict[str, Any]]:
+    """Content of ``jobs.json``: which job stands for a task.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     path = chain.folder / JOBS_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    expected = "the jobs that nnunet-cil started. Remove it once none of them is queued or runs"
+    entries = read_json(path, expected) if path.is_file() else {}
+    for name, entry in entries.items():
+        if not isinstance(entry, dict) or set(entry) != {"launcher", "job", "failed"}:
+            raise ValueError(f"{path}: got no job under {name!r}, expected {expected}.")
+    return entries
 
 
 def _note(chain: Chain, launcher: str, jobs: Mapping[str, str | None], failed: bool = False) -> None:

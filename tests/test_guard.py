@@ -160,6 +160,20 @@ def test_what_is_known_is_not_said_again(ran, caplog):
     assert not [record for record in caplog.records if record.name == "nnunet_cil.guard"]
 
 
+@pytest.mark.parametrize("content", ["", "[]", "{}}", '{"a": 1}', '{"a": {"organs": {}}}', '{"a": {"organs": 1}}'])
+def test_a_damaged_record_is_told_in_words_and_made_anew_once_it_is_removed(chain, ran, content):
+    ran.run()
+    path = chain.folder / "guard.json"
+    known = path.read_text(encoding="utf-8")
+    path.write_text(content, encoding="utf-8")
+    for command in (ran.run, lambda: driver.status(chain.schedule, [], [])):
+        with pytest.raises(ValueError, match=r"guard.json: got .*, expected what the guard .*wrote there. Remove it"):
+            command()
+    path.unlink()
+    ran.run()
+    assert path.read_text(encoding="utf-8") == known
+
+
 def test_stop_ends_the_chain_before_the_next_step_until_it_may_go_on(chain, ran, tmp_path, monkeypatch):
     chain = three_steps(chain, tmp_path, monkeypatch)
     settle(chain, on_forgetting="stop")

@@ -108,6 +108,15 @@ def test_local_jobs_keep_their_order_and_what_failed_is_tried_again(open_chain, 
     assert launch(chain, tasks, "local") == [], "nothing is left to start"
 
 
+@pytest.mark.parametrize("content", ["", "[]", '{"one": 1}', '{"one": {"launcher": "local"}}'])
+def test_a_damaged_list_of_jobs_is_told_in_words(open_chain, trainings, content):
+    chain = open_chain()
+    (chain.folder / JOBS_FILE).write_text(content)
+    for command in (partial(job_states, chain), partial(launch, chain, [trainings.task("one")], "local")):
+        with pytest.raises(ValueError, match=r"jobs.json: got .*, expected the jobs that .*Remove it"):
+            command()
+
+
 def test_a_job_that_ended_well_has_not_failed_for_what_another_one_made_due_meanwhile(open_chain, trainings):
     """An ensemble, where the last of its folds has just been trained: it is of that fold's job."""
     first = replace(trainings.task("fold_0"), is_done=lambda: False)
