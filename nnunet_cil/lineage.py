@@ -149,7 +149,7 @@ def _check_form(content: Mapping[str, Any], source: _AnyPath) -> None:
         {BLOCK_KEY, "teacher", "chain"} <= set(content)
         and _has(content, {"folder": str, "files": dict, "labels": dict})
         and (not is_own or _has(content["labels"], {"files": dict}))
-        and (is_own or _has(content, {"exported_from": dict}))
+        and (is_own or _has(content.get("exported_from"), {"lineage": str}))
         and (block is None or _has(block, {"settings": dict, "training": dict}))
         and (teacher is None or _has(teacher, {"folder": str, "files": dict, "lineage": str}))
     )
@@ -157,6 +157,8 @@ def _check_form(content: Mapping[str, Any], source: _AnyPath) -> None:
     good = good and isinstance(labels.get("counted_by", {}), dict)
     names = [*content["files"], *labels.get("files", ()), *labels.get("counted_by", ())] if good else []
     names += [*teacher["files"], *teacher["folder"].split("/")] if good and teacher is not None else []
+    names += content["folder"].split("/") if good else []
+    names += [content["exported_from"]["lineage"]] if good and not is_own else []
     if not good or not all(map(is_name, names)):
         raise ValueError(f"{source}: got content or names that are none of a lineage, expected what a training writes.")
 

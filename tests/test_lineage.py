@@ -136,6 +136,24 @@ def test_a_chain_verifies_by_folder_and_by_schedule(chain, verify):
     assert verify(chain.schedule.file) == (0, shown)
 
 
+@pytest.mark.parametrize("where", [("folder",), ("exported_from", "lineage")])
+def test_codes_for_a_terminal_in_the_lineage_of_an_export_are_not_printed(chain, tmp_path, verify, where):
+    export_model(chain, chain.variant("pgcd", 0), 2, ["all"], tmp_path / "out", None)
+    (lineage,), (card,) = ((tmp_path / "out").rglob(name) for name in (LINEAGE_FILE, CARD_FILE))
+
+    def write_code(content: dict) -> None:
+        for key in where[:-1]:
+            content = content[key]
+        content[where[-1]] = "Dataset501\x1b[2Jall files fit"
+
+    rewrite(lineage, write_code)
+    rewrite(card, lambda content: content["sha256"].update({f"fold_all/{LINEAGE_FILE}": sha256_of(lineage)}))
+    status, shown = verify(tmp_path / "out")
+    assert "\x1b" not in shown
+    assert status == 1
+    assert "got content or names that are none of a lineage" in shown
+
+
 def test_a_schedule_whose_data_are_gone_still_finds_its_chain(chain, tmp_path, verify):
     path = tmp_path / "schedule.yml"
     path.write_text("name: tiny\nsource: /nowhere\n")
