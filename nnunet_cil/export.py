@@ -57,9 +57,11 @@ def export_model(
         if path.exists():
             raise FileExistsError(f"{path}: it exists and is not touched. Give another name, or remove it first.")
     source = chain.model_folder(variant, step)
-    if missing := [fold for fold in folds if not (source / f"fold_{fold}" / CHECKPOINT).is_file()]:
+    own = step == JOINT or int(step) in chain.schedule.own_steps
+    needed = (CHECKPOINT, *([PROTOTYPE_FILE] if own else []))
+    if missing := [f for f in folds if not all((source / f"fold_{f}" / name).is_file() for name in needed)]:
         raise FileNotFoundError(
-            f"{source}: got no finished training of fold {missing}, expected {CHECKPOINT} in each. Run "
+            f"{source}: got no finished training of fold {missing}, expected {' and '.join(needed)} in each. Run "
             "`nnunet-cil status` to see where the chain stands."
         )
     _, plans_name, configuration = source.name.split("__")

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -73,6 +74,17 @@ def test_a_checkpoint_that_says_nothing_of_mirroring_is_exported_so(chain, tmp_p
     (exported,) = (tmp_path / "silent").rglob("*.pth")
     found = torch.load(exported, weights_only=False)
     assert set(found) == {"network_weights", "trainer_name", "init_args"}, "stock nnU-Net then mirrors along no axis"
+
+
+def test_a_training_that_was_killed_before_its_prototypes_is_not_exported(chain, tmp_path, monkeypatch):
+    (tmp_path / "results").mkdir()
+    fold = fold_of(chain, 2)
+    monkeypatch.setattr(Chain, "model_folder", lambda *_: tmp_path / "results" / fold.parent.name)
+    shutil.copytree(fold.parent, chain.model_folder(None, 2))
+    for name in ("prototypes.npz", "lineage.json"):
+        (chain.model_folder(None, 2) / "fold_all" / name).unlink()
+    with pytest.raises(FileNotFoundError, match=r"fold \['all'\], expected checkpoint_final.pth and prototypes.npz"):
+        export_model(chain, chain.variant("pgcd", 0), 2, ["all"], tmp_path / "early", None)
 
 
 def test_card_says_what_the_model_is_and_its_hashes_hold(archive, capsys):
