@@ -248,7 +248,20 @@ class Chain:
         lines = "\n  ".join(differing)
         raise ValueError(
             f"{self.schedule.file}: got another schedule than the chain in {self.folder} was started with, expected "
-            f"the same:\n  {lines}\nGive the schedule another name, or remove these folders to start anew:{folders}"
+            f"the same:\n  {lines}\n{self._how_to_add_steps()}Give the schedule another name, or remove these folders "
+            f"to start anew:{folders}"
+        )
+
+    def _how_to_add_steps(self) -> str:
+        """A line for who adds steps to a chain; empty where something else was changed."""
+        before, now = self.content["schedule"]["steps"], self._in_force()["steps"]
+        if not len(before) < len(now) or now[: len(before)] != before:
+            return ""
+        step = len(before) + (self.schedule.model is not None)
+        last = self.model_folder(self.first_step(self.schedule.training.seed), step)
+        return (
+            f"To teach its last model the steps that were added, give {last} to `nnunet-cil extend`, or as `model` to "
+            "a schedule of another name. Else:\n"
         )
 
     def _own_datasets(self) -> list[Path]:

@@ -203,14 +203,27 @@ def test_changed_schedule_of_the_same_name_is_refused(schedule, tmp_path, source
     assert kept.read_bytes() == before
 
 
+def test_who_adds_a_step_is_told_how_to_go_on_from_the_last_model(nnunet_folders, tmp_path, source):
+    path = write_schedule(tmp_path / "schedule.yaml", source)
+    longer = path.read_text(encoding="utf-8")
+    path.write_text(longer.replace("\n  - [blob]", ""), encoding="utf-8")
+    chain = Chain.open(load_schedule(path))
+    start(chain)
+    path.write_text(longer, encoding="utf-8")
+    with pytest.raises(ValueError, match="got another schedule") as caught:
+        Chain.open(load_schedule(path))
+    assert f"give {chain.model_folder(chain.variant('pgcd', 0), 1)} to `nnunet-cil extend`" in str(caught.value)
+
+
 def test_changed_steps_are_named_with_both_values(schedule, tmp_path, source):
     start(Chain.open(schedule))
     path = write_schedule(tmp_path / "changed.yaml", source)
     path.write_text(path.read_text(encoding="utf-8").replace("- [ball]\n  - [blob]", "- [blob]\n  - [ball]"))
     with pytest.raises(
         ValueError, match=r"\n  steps\[0\]: classes: chain \['ball'\], schedule \['blob'\]\n  steps\[1\]: "
-    ):
+    ) as caught:
         Chain.open(load_schedule(path))
+    assert "extend" not in str(caught.value)
 
 
 def test_every_difference_is_named(schedule, tmp_path, source):
