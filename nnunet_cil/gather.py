@@ -96,8 +96,8 @@ def _place(chain: Chain, content: dict[str, Any], path: Path) -> Path:
 
 def _check_same_settings(theirs: Chain, content: dict[str, Any], path: Path) -> None:
     base = content["method"].partition("-")[0]
-    variants = (theirs.schedule.variants, theirs.content["schedule"]["variants"])
-    ours, other = (dict(each.get(base, {})) for each in variants)
+    ours, known = dict(theirs.schedule.variants.get(base, {})), theirs.content["schedule"].get("variants")
+    other = known.get(base, {}) if isinstance(known, dict) else {}
     differing = theirs.differing_keys() + (
         [f"variants: {base}: chain {other}, schedule {ours}"] if ours != other else []
     )

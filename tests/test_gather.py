@@ -115,6 +115,22 @@ def test_another_schedule_is_refused(chain, tmp_path):
         gather_scores(chain, [other])
 
 
+@pytest.mark.parametrize("variants", [None, [], {"pgcd": 1}])
+def test_a_chain_without_variants_is_gathered_and_one_with_others_refused(chain, tmp_path, variants):
+    score(chain, "pgcd", 0, 2, 0.8)
+    other = elsewhere(chain, tmp_path / "other")
+    content = json.loads((other / "chain.json").read_text(encoding="utf-8"))
+    content["schedule"]["variants"] = variants
+    if variants is None:
+        del content["schedule"]["variants"]
+    write_json(other / "chain.json", content)
+    if variants:
+        with pytest.raises(ValueError, match=r"another schedule.*\n.*variants: pgcd: chain 1, schedule {}"):
+            gather_scores(chain, [other])
+    else:
+        assert gather_scores(chain, [other]) == 1
+
+
 def test_another_training_of_the_same_model_is_refused(chain, tmp_path):
     score(chain, "pgcd", 0, 2, 0.8)
     other = elsewhere(chain, tmp_path / "other")
