@@ -60,7 +60,7 @@ def _install_model(chain: Chain) -> None:
 
 
 def _check_given(schedule: Schedule, checkpoint: Path) -> None:
-    """Refuse a checkpoint that cannot be read, and ``mirror_axes`` that its training had no mirrored images of."""
+    """Refuse a model that cannot be read or cannot teach, and ``mirror_axes`` that it had no mirrored images of."""
     known = read_checkpoint(checkpoint).get("inference_allowed_mirroring_axes")
     known = list(known) if isinstance(known, (list, tuple)) else []
     if others := [axis for axis in schedule.mirror_axes or () if axis not in known]:
@@ -68,6 +68,7 @@ def _check_given(schedule: Schedule, checkpoint: Path) -> None:
             f"{schedule.file}: mirror_axes: got {others}, expected some of {known}, along which the given model was "
             "trained on mirrored images: along others it cannot teach. Leave these out."
         )
+    inherited_from(checkpoint.parents[1], checkpoint.parent.name.removeprefix("fold_"))
 
 
 def _write_case(case: Case, name: str, images: Path, labels: Path, ending: str, reader: Any) -> None:

@@ -294,6 +294,23 @@ def test_a_model_that_holds_code_is_not_installed(tmp_path, monkeypatch):
     assert not (tmp_path / "written").exists()
 
 
+def test_a_model_that_was_refused_is_read_again_once_it_is_mended(tmp_path, monkeypatch):
+    move_away(tmp_path, monkeypatch)
+    model = fuzz.write_given(tmp_path / "given")
+    path = model / "fold_all" / "checkpoint_final.pth"
+    whole = path.read_bytes()
+    torch.save({**torch.load(path, weights_only=True), "network_weights": {"another": torch.ones(1)}}, path)
+    write_tiny_dataset(tmp_path / "new", n_cases=4, seed=7, channel="CT")
+    schedule = write_extension(tmp_path, model, steps=[{"dataset": "new", "classes": {2: "blob"}}], test=None)
+    with pytest.raises(ValueError, match="that do not fit"):
+        prepare(load_schedule(schedule), [], [])
+    path.write_bytes(whole)
+    for later in ("_warn_of_clipping", "_preprocess"):
+        monkeypatch.setattr(f"nnunet_cil.dataset.{later}", lambda *_: None)
+    (line,) = prepare(load_schedule(schedule), [], [])
+    assert line.startswith("nnUNetv2_train Dataset501_extended_step2 ")
+
+
 @pytest.fixture(scope="module")
 def first(tmp_path_factory, module_patch) -> Chain:  # noqa: F811
     """A chain whose step 1 (ball) is trained and exported; its data are then removed."""
