@@ -85,7 +85,7 @@ def _read(case: Case, dataset_json: dict[str, Any]) -> tuple[np.ndarray, np.ndar
             f"dataset.json. {ONE_CHANNEL_A_FILE}"
         )
     try:
-        difference = _grid_difference(case.images, case.label)
+        difference = _grid_difference(case.images, case.label, dataset_json)
         reader = nnunet_api.reader_writer(dataset_json, case.label)
         if not difference:
             images, properties = reader.read_images([str(path) for path in case.images])
@@ -133,7 +133,7 @@ def _scan(case: Case, dataset_json: dict[str, Any], wanted: Mapping[int | str, t
         step: nnunet_api.foreground_intensities(images, apply_remap(seg, {-1: 0, **table}), n_samples)
         for step, (table, n_samples) in wanted.items()
     }
-    return Scan(_counts(seg), None, crop, intensities, axes=_axes(case))
+    return Scan(_counts(seg), None, crop, intensities, axes=_axes(case, dataset_json))
 
 
 def _counts(seg: np.ndarray) -> dict[int, int]:
@@ -154,7 +154,7 @@ def _scan_test(case: Case, dataset_json: dict[str, Any]) -> Scan:
     digest = hashlib.sha256(repr((images.shape, [round(float(each), 6) for each in spacing])).encode())
     digest.update(np.ascontiguousarray(images, np.float32))
     digest.update(np.ascontiguousarray(apply_remap(seg, case.table), np.int16))
-    return Scan(_counts(seg), digest=digest.hexdigest(), axes=_axes(case))
+    return Scan(_counts(seg), digest=digest.hexdigest(), axes=_axes(case, dataset_json))
 
 
 def scan_test_set(schedule: Schedule) -> dict[str, Scan]:
@@ -189,10 +189,10 @@ def check_test_set(schedule: Schedule, tested: Mapping[str, Scan]) -> None:
             )
 
 
-def _axes(case: Case) -> str:
+def _axes(case: Case, dataset_json: Mapping[str, Any]) -> str:
     if not case.label.name.endswith(WITH_DIRECTIONS):
         return ""
-    direction = _header(case.label).GetDirection()
+    _, _, direction = _grid(case.label, dataset_json)
     return SimpleITK.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(direction) if len(direction) == 9 else ""
 
 
@@ -245,17 +245,23 @@ def _hides_not_finite(path: Path) -> bool:
     return image.get_data_dtype().kind == "f" and not np.isfinite(image.dataobj.get_unscaled()).all()
 
 
-def _header(path: Path) -> SimpleITK.ImageFileReader:
+def _grid(path: Path, dataset_json: Mapping[str, Any]) -> tuple[tuple[float, ...], ...]:
+    """Size, spacing and direction cosines as the dataset's reader takes them: ITK refuses some that nibabel reads."""
+    if "Nibabel" in str(dataset_json.get("overwrite_image_reader_writer")):
+        image = nibabel.load(path)
+        spacing = np.linalg.norm(image.affine[:3, :3], axis=0)
+        direction = np.diag([-1, -1, 1]) @ image.affine[:3, :3] / spacing  # from RAS to LPS
+        return image.shape, tuple(spacing.tolist()), tuple(direction.ravel().tolist())
     reader = SimpleITK.ImageFileReader()
     reader.SetFileName(str(path))
     reader.ReadImageInformation()
-    return reader
+    return reader.GetSize(), reader.GetSpacing(), reader.GetDirection()
 
 
-def _grid_difference(images: Sequence[Path], label: Path) -> str:
+def _grid_difference(images: Sequence[Path], label: Path, dataset_json: Mapping[str, Any]) -> str:
     if not label.name.endswith(WITH_DIRECTIONS):
         return ""
-    headers = [(h.GetSize(), h.GetSpacing(), h.GetDirection()) for h in map(_header, (label, *images))]
+    headers = [_grid(path, dataset_json) for path in (label, *images)]
     for path, (size, spacing, direction) in zip(images, headers[1:], strict=True):
         if size != headers[0][0]:
             return f"got size {headers[0][0]}, expected {size} as {path.name}."

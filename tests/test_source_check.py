@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK
@@ -16,7 +17,7 @@ from nnunet_cil.cases import step_cases
 from nnunet_cil.chain import Chain
 from nnunet_cil.dataset import prepare_chain, write_test_set
 from nnunet_cil.schedule import Schedule, load_schedule
-from nnunet_cil.source_check import check_sources, tell_of_labels
+from nnunet_cil.source_check import check_sources, scan_test_set, tell_of_labels
 from nnunet_cil.step_files import write_json
 from tests.conftest import write_schedule, write_tiny_dataset
 from tests.datasets import (
@@ -259,6 +260,28 @@ def test_a_reader_that_turns_images_makes_their_axes_of_no_account(source, nnune
     assert not any("along different axes" in message for message in caplog.messages)
     for case, expected in zip(("case_0", "case_1"), before, strict=True):
         np.testing.assert_allclose(voxels_of_preprocessed(again, case), expected, atol=1e-4)
+
+
+def shear(path: Path) -> None:
+    """Axes that are not perpendicular, which ITK refuses."""
+    image = nibabel.load(path)
+    voxels = np.asanyarray(image.dataobj).copy()
+    sheared = nibabel.Nifti1Image(voxels, image.affine @ [[1, 0.05, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    sheared.to_filename(path)
+
+
+@pytest.mark.parametrize("reader", ["NibabelIO", "NibabelIOWithReorient"])
+def test_axes_that_itk_refuses_are_compared_where_the_reader_is_nibabel(source, nnunet_folders, tmp_path, reader):
+    folder = copied(source, tmp_path)
+    described = read_json(folder / "dataset.json")
+    write_json(folder / "dataset.json", {**described, "overwrite_image_reader_writer": reader})
+    for path in folder.glob("*Tr/case_[13]*"):
+        shear(path)
+    schedule = load_schedule(write_schedule(tmp_path / "schedule.yaml", folder))
+    check(schedule)
+    assert {scan.problem for scan in scan_test_set(schedule).values()} == {None}
+    mirrored_label(folder)
+    assert "labelsTr/case_0.nii.gz: got axes along" in refusal(schedule, nnunet_folders)
 
 
 def test_folds_that_lack_cases_or_a_class_are_told_before_anything_is_written(nnunet_folders, tmp_path):
