@@ -154,6 +154,22 @@ def test_what_a_case_lacks_becomes_background_in_it_and_is_not_among_its_labels(
     assert (number, tested.table, tested.labelled) == (0, {0: 0, 1: 1, 2: 0}, (1,))
 
 
+def test_what_two_steps_declare_of_one_dataset_holds_in_both_and_in_joint(tmp_path):
+    write_tiny_dataset(tmp_path / "one", n_cases=3)
+    (tmp_path / "ball.csv").write_text("case,class\ncase_0,ball\n")
+    (tmp_path / "blob.csv").write_text("case,class\ncase_1,blob\n")
+    common = {"dataset": "one", "joint": ["ball", "blob"]}
+    steps = [
+        {**common, "classes": ["ball"], "unlabelled": "ball.csv"},
+        {**common, "classes": ["ball", "blob"], "unlabelled": "blob.csv"},
+    ]
+    write_json(tmp_path / "own.yaml", {"name": "own", "device": "cpu", "steps": steps})
+    schedule = load_schedule(tmp_path / "own.yaml")
+    for cases in (joint_cases(schedule), step_cases(schedule, 2)):
+        assert [case.labelled for case in cases] == [(2,), (1,), (1, 2)]
+    assert [case.labelled for case in step_cases(schedule, 1)] == [(), (1,), (1,)]
+
+
 def test_old_classes_that_new_data_label_are_kept_but_where_a_case_lacks_them(tmp_path):
     schedule = relabelling(tmp_path, "case_1,ball\ncase_2,blob\n")
     assert [step.classes for step in schedule.steps] == [("lump",), ("blob",)]

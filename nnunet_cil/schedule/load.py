@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,9 @@ def _schedule(reading: Reading) -> Schedule:
     if values["device"] in ("cpu", "mps") and values["training"].amp == "float16":
         reading.problem("training: amp", f"float16 with device: {values['device']}", "auto, bfloat16 or off")
     declared = _declared([(step.dataset, step.unlabelled) for step in own] + [(values["source"], values["unlabelled"])])
+    values["steps"] = tuple(
+        replace(step, unlabelled=declared[step.dataset.resolve()]) if step.dataset else step for step in values["steps"]
+    )
     values["test"], values["train_subjects"] = test_sets_of(
         reading, raw.get("test"), values["source"], values["steps"], declared
     )
