@@ -247,7 +247,7 @@ def _hides_not_finite(path: Path) -> bool:
 
 def _grid(path: Path, dataset_json: Mapping[str, Any]) -> tuple[tuple[float, ...], ...]:
     """Size, spacing and direction cosines as the dataset's reader takes them: ITK refuses some that nibabel reads."""
-    if "Nibabel" in str(dataset_json.get("overwrite_image_reader_writer")):
+    if "Nibabel" in str(dataset_json.get("overwrite_image_reader_writer")) or path.suffix == ".nii":
         image = nibabel.load(path)
         spacing = np.linalg.norm(image.affine[:3, :3], axis=0)
         direction = np.diag([-1, -1, 1]) @ image.affine[:3, :3] / spacing  # from RAS to LPS

@@ -270,18 +270,26 @@ def shear(path: Path) -> None:
     sheared.to_filename(path)
 
 
-@pytest.mark.parametrize("reader", ["NibabelIO", "NibabelIOWithReorient"])
+@pytest.mark.parametrize("reader", ["NibabelIO", "NibabelIOWithReorient", "that of .nii"])
 def test_axes_that_itk_refuses_are_compared_where_the_reader_is_nibabel(source, nnunet_folders, tmp_path, reader):
     folder = copied(source, tmp_path)
     described = read_json(folder / "dataset.json")
-    write_json(folder / "dataset.json", {**described, "overwrite_image_reader_writer": reader})
+    if reader == "that of .nii":
+        for path in list(folder.glob("*Tr/*.nii.gz")):
+            SimpleITK.WriteImage(SimpleITK.ReadImage(str(path)), str(path).removesuffix(".gz"))
+            path.unlink()
+        described["file_ending"] = ".nii"
+    else:
+        described["overwrite_image_reader_writer"] = reader
+    write_json(folder / "dataset.json", described)
     for path in folder.glob("*Tr/case_[13]*"):
         shear(path)
     schedule = load_schedule(write_schedule(tmp_path / "schedule.yaml", folder))
     check(schedule)
     assert {scan.problem for scan in scan_test_set(schedule).values()} == {None}
-    mirrored_label(folder)
-    assert "labelsTr/case_0.nii.gz: got axes along" in refusal(schedule, nnunet_folders)
+    label = folder / "labelsTr" / f"case_0{described['file_ending']}"
+    SimpleITK.WriteImage(SimpleITK.Flip(SimpleITK.ReadImage(str(label)), (True, False, False)), str(label))
+    assert f"{label}: got axes along" in refusal(schedule, nnunet_folders)
 
 
 def test_folds_that_lack_cases_or_a_class_are_told_before_anything_is_written(nnunet_folders, tmp_path):
