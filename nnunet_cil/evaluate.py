@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from nnunet_cil import nnunet_api
+from nnunet_cil.cases import first_source
 from nnunet_cil.chain import JOINT, Chain, Variant
 from nnunet_cil.checkpoint import read_checkpoint
 from nnunet_cil.host_memory import keeping_freed_memory
@@ -30,7 +31,7 @@ from nnunet_cil.report.table import FinalScores, Row, marked
 from nnunet_cil.step_files import CHECKPOINT, COST_FILE, PROTOTYPE_FILE, REPLAY_FILE, write_json
 from nnunet_cil.surface_scores import ABSENCES, BOTH_EMPTY, INVENTED, absence
 from nnunet_cil.teacher import sha256_of
-from nnunet_cil.untrusted import is_ending, is_name, read_json
+from nnunet_cil.untrusted import dataset_json_of, is_ending, is_name, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -125,8 +126,9 @@ def evaluate_model(
         for case, entry in test["cases"].items()
     }
     references = {case: chain.folder / "test" / "labels" / f"{case}{ending}" for case in scored}
+    own = dataset_json_of(first_source(chain.schedule))  # whose reader wrote the references
     todo = [
-        (references[case], predictions / f"{case}{ending}", test, list(values.values()), test["ignore"], tolerance_mm)
+        (references[case], predictions / f"{case}{ending}", own, list(values.values()), test["ignore"], tolerance_mm)
         for case, values in scored.items()
     ]
     n_bytes = TYPICAL_COMPRESSION * sum(file.stat().st_size for file in references.values())

@@ -461,6 +461,22 @@ def test_each_subject_is_scored_on_what_its_set_labels(predicting):
     assert json.loads(stored.read_text(encoding="utf-8")) == found
 
 
+def test_references_are_read_as_they_were_written(predicting, monkeypatch):
+    chain, _ = predicting
+    path = chain.schedule.source / "dataset.json"
+    described = json.loads(path.read_text(encoding="utf-8"))
+    write_json(path, {**described, "overwrite_image_reader_writer": "NibabelIO"})
+    readers, fake = [], nnunet_api.case_metrics
+
+    def metrics(reference, prediction, dataset_json, *others):
+        readers.append(type(nnunet_api.reader_writer(dataset_json, reference)).__name__)
+        return fake(reference, prediction, dataset_json, *others)
+
+    monkeypatch.setattr(evaluate.nnunet_api, "case_metrics", metrics)
+    evaluate_model(chain, chain.variant("pgcd", 0), 2, "all", CPU)
+    assert readers == ["NibabelIO"] * 2
+
+
 def test_the_log_says_what_is_predicted_and_that_it_keeps_scans(predicting, caplog):
     chain, _ = predicting
     save_checkpoint(chain, n_rows=3, method="replay")
