@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
+from nnunet_cil.nnunet_api import TIFF
 from nnunet_cil.report.colours import PLAIN_ORGANS, OrganStyle, organ_styles
 from nnunet_cil.report.figures import WIDTH_INCHES, drawing, legend, shown
 from nnunet_cil.report.table import marked
@@ -36,7 +37,7 @@ class Slice:
         window: intensities that are drawn black and white.
         pixel_height: of a pixel, in units of its width.
         position: number of the slice, from 1 at the feet, and the number of slices.
-        oriented: whether left and right are known; not in a two-dimensional image.
+        oriented: whether left and right are known; not in a two-dimensional image or a TIFF.
     """
 
     image: NDArray[np.floating]
@@ -94,7 +95,8 @@ def read_volume(path: Path) -> tuple[NDArray, tuple[float, ...], bool]:
     """Array (Z, Y, X), spacing (z, y, x) in mm, and whether its orientation is known.
 
     A volume is turned so that axes run from feet to head, front to back, and the patient's right to left: shown row by
-    row, that is an axial slice as radiologists look at it. A two-dimensional image is one slice, as it lies.
+    row, that is an axial slice as radiologists look at it. A two-dimensional image is one slice, as it lies. A TIFF
+    does not say where its axes lead, and stays as it lies, too.
 
     Raises:
         ValueError: no scalar image in two or three dimensions.
@@ -102,7 +104,7 @@ def read_volume(path: Path) -> tuple[NDArray, tuple[float, ...], bool]:
     image = SimpleITK.ReadImage(str(path))
     if image.GetDimension() not in (2, 3) or image.GetNumberOfComponentsPerPixel() != 1:
         raise ValueError(f"{path}: got {image.GetDimension()} dimensions, expected a scalar image in two or three.")
-    oriented = image.GetDimension() == 3 and image.GetSize()[2] > 1
+    oriented = image.GetDimension() == 3 and image.GetSize()[2] > 1 and path.suffix.lower() not in TIFF
     if oriented:
         image = SimpleITK.DICOMOrient(image, "LPS")
     array = SimpleITK.GetArrayFromImage(image)

@@ -6,6 +6,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import SimpleITK
+import tifffile
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
@@ -97,6 +98,13 @@ def test_two_dimensions_are_one_slice(tmp_path):
     SimpleITK.WriteImage(SimpleITK.GetImageFromArray(np.zeros((6, 5), np.uint8)), str(tmp_path / "x.png"))
     array, _, oriented = read_volume(tmp_path / "x.png")
     assert array.shape == (1, 6, 5)
+    assert not oriented
+
+
+def test_a_tiff_does_not_say_which_side_is_right(tmp_path):
+    tifffile.imwrite(tmp_path / "x.tif", np.zeros((7, 6, 5), np.float32))
+    array, _, oriented = read_volume(tmp_path / "x.tif")
+    assert array.shape == (7, 6, 5)
     assert not oriented
 
 
