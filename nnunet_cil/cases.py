@@ -121,10 +121,10 @@ def joint_cases(schedule: Schedule) -> list[Case]:
         step = schedule.steps[number - 1]
         together = replace(step, classes=schedule.classes, class_map=step.joint_map)
         for case in step_cases(replace(schedule, steps=(together,), model=None), 1):
-            if case.label not in files:
+            if (label := case.label.resolve()) not in files:
                 name = case.name if case.name not in found else f"step{number}_{case.name}"
                 found[name] = replace(case, name=name)
-                files.add(case.label)
+                files.add(label)
     return sorted(found.values(), key=lambda case: case.name)
 
 

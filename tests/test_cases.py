@@ -170,6 +170,14 @@ def test_what_two_steps_declare_of_one_dataset_holds_in_both_and_in_joint(tmp_pa
     assert [case.labelled for case in step_cases(schedule, 1)] == [(), (1,), (1,)]
 
 
+def test_joint_has_the_cases_of_a_dataset_once_however_it_is_named(tmp_path):
+    write_tiny_dataset(tmp_path / "one", n_cases=2)
+    (tmp_path / "link").symlink_to(tmp_path / "one")
+    steps = [{"dataset": d, "classes": [c], "joint": ["ball", "blob"]} for d, c in (("one", "ball"), ("link", "blob"))]
+    write_json(tmp_path / "own.yaml", {"name": "own", "device": "cpu", "steps": steps})
+    assert names_of(joint_cases(load_schedule(tmp_path / "own.yaml"))) == ["case_0", "case_1"]
+
+
 def test_old_classes_that_new_data_label_are_kept_but_where_a_case_lacks_them(tmp_path):
     schedule = relabelling(tmp_path, "case_1,ball\ncase_2,blob\n")
     assert [step.classes for step in schedule.steps] == [("lump",), ("blob",)]
