@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import inspect
+import io
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -126,7 +127,8 @@ def reader_writer(dataset_json: Mapping[str, Any], example: Path) -> Any:
     """An instance of the reader/writer that nnU-Net takes for ``example``."""
     from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 
-    return determine_reader_writer_from_dataset_json(dict(dataset_json), str(example), verbose=False)()
+    with redirect_stderr(io.StringIO()):  # a traceback of each reader that nnU-Net tries in vain
+        return determine_reader_writer_from_dataset_json(dict(dataset_json), str(example), verbose=False)()
 
 
 def can_read(reader: Any, file_ending: str) -> bool:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
@@ -112,3 +113,10 @@ def test_the_cases_of_a_fold_are_those_that_nnunet_trains_on(tmp_path, monkeypat
     )
     training, _ = nnUNetTrainer.do_split(trainer)
     assert fold_cases(folder, fold) == sorted(map(str, training))
+
+
+def test_readers_that_are_tried_in_vain_print_no_traceback(tmp_path, capsys):
+    tifffile.imwrite(tmp_path / "case_0_0000.tif", np.zeros((7, 6, 5), np.float32))
+    reader = nnunet_api.reader_writer({"file_ending": ".tif"}, tmp_path / "case_0_0000.tif")
+    assert type(reader).__name__ == "Tiff3DIO"
+    assert "Traceback" not in capsys.readouterr().err
