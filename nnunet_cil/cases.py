@@ -163,6 +163,8 @@ def held_out_cases(schedule: Schedule) -> dict[str, tuple[int, Case]]:
             files, label = listed[case]
             if not label.is_file():
                 raise FileNotFoundError(f"{label}: got no file, expected the label of test image {files[0].name}.")
+            if gone := [path for path in files if not path.is_file()]:
+                raise FileNotFoundError(f"{gone[0]}: got no file, expected the image of test subject {case}.")
             if len(files) != len(reference["channel_names"]):
                 raise ValueError(
                     f"{files[0]}: got {len(files)} images of this test subject, expected one for each of the channels "

@@ -36,7 +36,7 @@ from nnunet_cil.source_check import (
     warn_of_axes,
 )
 from nnunet_cil.step_files import STEP_FILE, count_whole_cases, read_step_file, whole_folder, write_json
-from nnunet_cil.teacher import inherited_from
+from nnunet_cil.teacher import inherited_from, sha256_of
 from nnunet_cil.untrusted import dataset_json_of, read_json
 
 logger = logging.getLogger(__name__)
@@ -112,6 +112,7 @@ def write_raw(chain: Chain, step: int | str, cases: Sequence[Case], labels: Mapp
         for case in cases:
             _write_case(case, case.name, partial / "imagesTr", partial / "labelsTr", ending, reader)
         write_json(partial / "dataset.json", {**kept, "labels": dict(labels), "numTraining": len(cases)})
+        write_json(partial / FILES_FILE, {case.name: [*_state(case.label), sha256_of(case.label)] for case in cases})
         write_json(partial / STEP_FILE, {"chain": chain.schedule.name, "step": step, "n_cases": len(cases)})
     logger.info("%s: %d cases, labels %s", folder.name, len(cases), dict(labels))
 
@@ -174,8 +175,12 @@ def _file_states(cases: Mapping[str, tuple[int, Case]]) -> dict[str, list[list[i
     files = {
         name: (case.label, *case.images, nnunet_api.spacing_file(case.images[0])) for name, (_, case) in cases.items()
     }
-    states = {name: [path.stat() for path in filter(None, found)] for name, found in files.items()}
-    return {name: [[state.st_size, state.st_mtime_ns] for state in found] for name, found in states.items()}
+    return {name: [_state(path) for path in filter(None, found)] for name, found in files.items()}
+
+
+def _state(path: Path) -> list[int]:
+    state = path.stat()
+    return [state.st_size, state.st_mtime_ns]
 
 
 def _test_json(chain: Chain) -> dict[str, Any]:
@@ -222,6 +227,7 @@ def prepare_chain(chain: Chain, variants: Sequence[Variant]) -> None:
     for step in steps:
         _check_same_cases(chain, step, cases[step])
         _relink(chain.raw(step) / "imagesTr", {case.name: case for case in cases[step]}, ending)
+    _warn_of_mended_labels(chain, cases)
     tested = {} if test_set_is_written(chain) else scan_test_set(schedule)
     if not all(is_prepared(chain, step) for step in steps):
         if schedule.source is not None:
@@ -311,6 +317,29 @@ def _check_same_cases(chain: Chain, step: int | str, cases: Sequence[Case]) -> N
             f"{folder}: got a dataset that trains on {sorted(before - now)} and not on {sorted(now - before)}, "
             "expected the subjects that the schedule names now. Was the test set changed, or a subject added? Give the "
             "schedule another name: what was trained on a subject must not be scored on it."
+        )
+
+
+def _warn_of_mended_labels(chain: Chain, cases: Mapping[int | str, Sequence[Case]]) -> None:
+    """Tell of labels that changed after they were copied for steps that no training has learned from yet."""
+    untrained = [step for step in cases if chain.raw(step).is_dir() and not chain.results(step).is_dir()]
+    mended: dict[int | str, list[str]] = {}
+    for step in untrained:
+        copied_from = chain.raw(step) / FILES_FILE
+        copied = read_json(copied_from, "what nnunet-cil wrote there: remove it") if copied_from.is_file() else {}
+        for case in cases[step]:
+            *state, digest = copied.get(case.name, (None,))
+            if digest and state != _state(case.label) and digest != sha256_of(case.label):
+                mended.setdefault(step, []).append(case.label.name)
+    if mended:
+        # what is planned for a step is planned for all after it
+        stale = [step for step in untrained if step == JOINT or any(JOINT != first <= step for first in mended)]
+        logger.warning(
+            "%s: got labels that have changed since the chain copied them: %s. The next trainings learn from them as "
+            "they were. To have the new ones, remove these folders and give the same command again:\n  %s",
+            chain.schedule.file,
+            "; ".join(f"step {step}: {', '.join(names)}" for step, names in mended.items()),
+            "\n  ".join(str(folder) for step in stale for folder in (chain.raw(step), chain.preprocessed(step))),
         )
 
 

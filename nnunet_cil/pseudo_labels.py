@@ -210,7 +210,9 @@ class PseudoLabelCache:
         self.folder = folder / digest[:16]
         self.key = dict(key)
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "key.json").write_text(json.dumps(dict(key), sort_keys=True, indent=1))
+        partial = self.folder / f"key.{os.getpid()}.part"  # of its own, as another training may write the same now
+        partial.write_text(json.dumps(dict(key), sort_keys=True, indent=1))
+        os.replace(partial, self.folder / "key.json")
 
     def _paths(self, case: str) -> tuple[Path, Path]:
         return self.folder / f"{case}_seg.b2nd", self.folder / f"{case}.npz"

@@ -730,7 +730,8 @@ class IncrementalTrainer(nnUNetTrainer):
                 folder.mkdir(exist_ok=True)
                 nothing = {"foreground_mean": {"Dice": float("nan")}, "mean": {}, "metric_per_case": []}
                 write_json(folder / "summary.json", nothing)
-            self.print_to_log_file("Validation skipped, as validation_cases says.")
+            why = "`fold: all` has no cases of its own" if self.block.training.validation_cases is None else "0 cases"
+            self.print_to_log_file(f"Validation skipped: {why}, see `validation_cases` of a schedule.")
             return
         self._validation_limit = limit
         try:

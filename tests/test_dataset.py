@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 from itertools import combinations
 from pathlib import Path
 from unittest.mock import ANY
@@ -451,6 +452,36 @@ def test_changed_test_set_is_written_anew(source, nnunet_folders, tmp_path):
     assert list(read_json(chain.folder / "test" / "test.json")["cases"]) == ["case_2"]
 
 
+def test_labels_that_were_mended_after_they_were_copied_are_told_until_the_step_is_made_anew(
+    source, nnunet_folders, tmp_path, caplog
+):
+    folder = copied(source, tmp_path)
+    schedule = load_schedule(write_schedule(tmp_path / "schedule.yaml", folder))
+
+    def told() -> list[str]:
+        caplog.clear()
+        chain = Chain.open(schedule)
+        prepare_chain(chain, [chain.variant("pgcd", 0)])
+        return [record.getMessage() for record in caplog.records if "have changed since" in record.getMessage()]
+
+    assert told() == []
+    chain = Chain.open(schedule)
+    chain.results(1).mkdir()  # a training has begun, and goes on with what it has
+    mended = folder / "labelsTr" / "case_0.nii.gz"
+    os.utime(mended, ns=(0, 0))
+    assert told() == [], "it holds the same"
+    rewrite(mended, set_voxel(2))
+    (warning,) = told()
+    folders = [chain.raw(2), chain.preprocessed(2)]
+    assert "step 2: case_0.nii.gz. The next trainings learn from them as they were" in warning
+    assert [Path(line.strip()) for line in warning.splitlines()[1:]] == folders
+    assert voxels(chain.raw(2) / "labelsTr" / "case_0.nii.gz")[0, 0, 0] == 0
+    for each in folders:
+        shutil.rmtree(each)
+    assert told() == []
+    assert voxels(chain.raw(2) / "labelsTr" / "case_0.nii.gz")[0, 0, 0] == 2
+
+
 def copied_and_tested(source: Path, tmp_path: Path) -> tuple[Path, Chain]:
     """A copy of a source whose case_3 is the test set of a chain, written."""
     folder = copied(source, tmp_path)
@@ -498,6 +529,18 @@ def test_a_damaged_test_set_of_a_chain_that_is_prepared_is_refused_too(source, n
     with pytest.raises(ValueError, match=r"case_3.nii.gz: got label values \[7(\.0)?\]"):
         write_test_set(chain)
     assert (chain.folder / "test" / "test.json").is_file(), "what was there stays"
+
+
+def test_a_test_image_that_is_gone_is_named(source, nnunet_folders, tmp_path):
+    folder = copied(source, tmp_path)
+    listing = read_json(folder / "dataset.json")
+    files = {f"case_{n}": (f"imagesTr/case_{n}_0000.nii.gz", f"labelsTr/case_{n}.nii.gz") for n in range(4)}
+    listing["dataset"] = {case: {"images": [image], "label": label} for case, (image, label) in files.items()}
+    (folder / "dataset.json").write_text(json.dumps(listing))
+    chain = Chain.open(load_schedule(write_schedule(tmp_path / "schedule.yaml", folder)))
+    (folder / "imagesTr" / "case_3_0000.nii.gz").unlink()
+    with pytest.raises(FileNotFoundError, match=r"case_3_0000.nii.gz: got no file, expected the image of test subject"):
+        prepare_chain(chain, [chain.variant("pgcd", 0)])
 
 
 def test_test_images_of_another_kind_are_warned_of(source, nnunet_folders, tmp_path, caplog):
