@@ -242,6 +242,7 @@ class PseudoLabelCache:
         with_annotated: bool,
         say: Callable[[str], None] = logger.info,
         ruled_out: Mapping[str, Sequence[int]] | None = None,
+        device: torch.device | None = None,
     ) -> int:
         """Make the cases that are not there yet; returns how many were made.
 
@@ -253,6 +254,7 @@ class PseudoLabelCache:
             with_annotated: whether the dataset declares an ignore label.
             say: gets a line of progress now and then.
             ruled_out: old classes that a case's own labels hold, by case, see `rule_out`.
+            device: that takes the decisions; None for the CPU, of which nnU-Net gives a training on CUDA one thread.
         """
         made = 0
         for case in told(cases, len(cases), lambda line: say(f"pseudo-labels: {line}")):
@@ -263,7 +265,7 @@ class PseudoLabelCache:
             with FileLock(self.folder / f"{case}.lock"):  # other methods fill it meanwhile, where trainings are jobs
                 if self.has(case, seg, known):
                     continue
-                self._add(case, seg, known, teacher_logits(image), accepts, patch_size, with_annotated)
+                self._add(case, seg, known, teacher_logits(image), accepts, patch_size, with_annotated, device)
             made += 1
         return made
 
@@ -276,15 +278,17 @@ class PseudoLabelCache:
         accepts: Rule,
         patch_size: Sequence[int],
         with_annotated: bool,
+        device: torch.device | None,
     ) -> None:
         n_classes = self.key["n_classes"]
         own = torch.from_numpy(seg.astype(np.int16))[None]
         own[own >= self.key.get("ignored_from", n_classes)] = n_classes
         merged, confidence = np.empty_like(seg, np.int16), np.empty_like(seg, np.float32)
         for part in _slabs(own.shape):
-            of_teacher = rule_out(logits[None][part].float(), [ruled_out])
-            merged[part[1:]] = merge_pseudo_labels(own[part], of_teacher, accepts, n_classes)[0].numpy()
-            confidence[part[1:]] = torch.softmax(of_teacher, 1).amax(1).numpy()
+            of_teacher = rule_out(logits[None][part].to(device).float(), [ruled_out])
+            completed = merge_pseudo_labels(own[part].to(device), of_teacher, accepts, n_classes)
+            merged[part[1:]] = completed[0].cpu().numpy()
+            confidence[part[1:]] = torch.softmax(of_teacher, 1).amax(1).cpu().numpy()
         if pieces := self.key.get("one_piece"):
             merged = without_islands(merged, own[0].numpy() == 0, confidence, pieces, n_classes)
         locations = nnunet_api.class_locations(merged, range(1, n_classes), with_annotated)

@@ -406,6 +406,7 @@ class IncrementalTrainer(nnUNetTrainer):
                 self.label_manager.has_ignore_label,
                 self.print_to_log_file,
                 self._relabelled if kept is None else ruled_out,
+                self.device,
             )
         if self.is_ddp:
             dist.barrier()

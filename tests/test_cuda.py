@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nnunet_cil.chain import Chain
 from nnunet_cil.imprinting import ClassStatistics
 from nnunet_cil.prototypes import PrototypeStore
+from nnunet_cil.pseudo_labels import PseudoLabelCache, by_confidence
 from nnunet_cil.schedule import load_schedule
 from nnunet_cil.trainer import unwrap
 from tests import shell
@@ -96,6 +98,23 @@ def test_a_float32_step_is_that_of_the_cpu(full_precision, method, monkeypatch):
     theirs = unwrap(there.network).state_dict()
     for name, value in unwrap(here.network).state_dict().items():
         torch.testing.assert_close(theirs[name].cpu(), value, rtol=1e-2, atol=1e-3, msg=name)
+
+
+def test_pseudo_labels_are_decided_on_the_gpu_as_on_the_cpu(tmp_path):
+    logits, seg = torch.randn(3, 6, 24, 24).half(), np.zeros((1, 6, 24, 24), np.int16)
+    case, found, devices = (np.zeros((1, 6, 24, 24), np.float32), seg, None, {}), [], []
+    dataset = SimpleNamespace(load_case=lambda name: case)
+
+    def believed(probabilities, decision):
+        devices.append(probabilities.device.type)
+        return by_confidence(0.5, 0.7)(probabilities, decision)
+
+    for device in (CPU, CUDA):
+        cache = PseudoLabelCache(tmp_path / device.type, {"n_classes": 4, "one_piece": [1]})
+        cache.fill(dataset, ["a"], lambda image: logits, believed, (6, 8, 8), False, device=device)
+        found.append(np.asarray(cache.load("a")[0][:]))
+    assert devices == ["cpu", "cuda"]
+    assert (found[0] == found[1]).mean() > 0.999
 
 
 def test_prototypes_are_those_of_the_cpu(full_precision):
