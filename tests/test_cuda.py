@@ -110,7 +110,7 @@ def test_pseudo_labels_are_decided_on_the_gpu_as_on_the_cpu(tmp_path):
         return by_confidence(0.5, 0.7)(probabilities, decision)
 
     for device in (CPU, CUDA):
-        cache = PseudoLabelCache(tmp_path / device.type, {"n_classes": 4, "one_piece": [1]})
+        cache = PseudoLabelCache(tmp_path / f"{len(found)}", {"n_classes": 4, "one_piece": [1]})
         cache.fill(dataset, ["a"], lambda image: logits, believed, (6, 8, 8), False, device=device)
         found.append(np.asarray(cache.load("a")[0][:]))
     assert devices == ["cpu", "cuda"]
