@@ -40,7 +40,7 @@ def main() -> None:
         image = SimpleITK.ReadImage(str(path))
         voxels = SimpleITK.GetArrayFromImage(image)
         for name, label in labels.items():
-            if label != 0 and case in split["train"] and random.random() < args.share:
+            if name not in ("background", "ignore") and case in split["train"] and random.random() < args.share:
                 voxels[voxels == label] = 0
                 missing.append((case, name))
         left = SimpleITK.GetImageFromArray(voxels)
