@@ -21,7 +21,7 @@ from nnunet_cil.chain import JOINT, Chain, is_finished, keeps_scans
 from nnunet_cil.dataset import is_prepared, keep_source
 from nnunet_cil.prototypes import PrototypeStore
 from nnunet_cil.pseudo_labels import kept_cases_of
-from nnunet_cil.step_files import PROTOTYPE_FILE, REPLAY_FILE, STEP_FILE, read_step_file, write_json
+from nnunet_cil.step_files import FILES_FILE, PROTOTYPE_FILE, REPLAY_FILE, STEP_FILE, read_step_file, write_json
 from nnunet_cil.untrusted import dataset_json_of
 
 NOT_SAFE = "NOT privacy-safe"
@@ -397,7 +397,7 @@ def forget(chain: Chain, steps: Sequence[int | str]) -> None:
         write_json(chain.preprocessed(step) / STEP_FILE, emptied)
         for path in [path for holding in holdings for path in holding.files]:
             path.unlink()
-        for name in ("dataset.json", STEP_FILE):
+        for name in ("dataset.json", FILES_FILE, STEP_FILE):
             (chain.raw(step) / name).unlink(missing_ok=True)
         for holder in _steps(chain):  # replay has pseudo-labels of this step's scans in later steps
             _remove_empty_folders(chain.preprocessed(holder))

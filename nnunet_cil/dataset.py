@@ -35,13 +35,12 @@ from nnunet_cil.source_check import (
     voxels_of,
     warn_of_axes,
 )
-from nnunet_cil.step_files import STEP_FILE, count_whole_cases, read_step_file, whole_folder, write_json
+from nnunet_cil.step_files import FILES_FILE, STEP_FILE, count_whole_cases, read_step_file, whole_folder, write_json
 from nnunet_cil.teacher import inherited_from, sha256_of
 from nnunet_cil.untrusted import dataset_json_of, read_json
 
 logger = logging.getLogger(__name__)
 
-FILES_FILE = "files.json"
 CASES_TO_LOOK_AT, CASES_OF_A_RARE_CLASS = 12, 3
 
 

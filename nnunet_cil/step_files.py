@@ -13,6 +13,7 @@ from typing import Any
 from nnunet_cil.untrusted import read_json
 
 STEP_FILE = "cil_step.json"
+FILES_FILE = "files.json"  # which files of the user's datasets something was made of
 CHECKPOINT = "checkpoint_final.pth"
 PROTOTYPE_FILE = "prototypes.npz"
 LINEAGE_FILE = "lineage.json"

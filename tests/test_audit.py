@@ -116,7 +116,7 @@ def test_each_file_of_a_trained_step_is_either_data_or_kept(chain):
     first = audit_chain(chain)[0]
     listed = {path for holding in (*first.data, *first.kept) for path in holding.files}
     own = files_of(chain.raw(1), chain.preprocessed(1), chain.paths["nnUNet_results"] / chain.dataset_name(1))
-    beside = {chain.raw(1) / "dataset.json", chain.raw(1) / "cil_step.json"}
+    beside = {chain.raw(1) / name for name in ("dataset.json", "cil_step.json", "files.json")}
     assert own - listed == beside
     assert listed - own == files_of(chain.preprocessed(2) / "pseudo_labels" / "1")
 

@@ -16,7 +16,7 @@ import pytest
 from tests import shell
 
 pytestmark = [pytest.mark.chain, pytest.mark.timeout(1500)]
-SHORT = ["--epochs", "2", "--methods", "pgcd"]
+SHORT = ["--epochs", "1", "--methods", "pgcd"]
 
 
 def run_demo(folder: Path, arguments: list[str]) -> tuple[str, str]:
@@ -44,7 +44,7 @@ def run_demo(folder: Path, arguments: list[str]) -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory) -> tuple[Path, str, str]:
-    """Folder of a demo of two epochs and PGCD alone, and what it said in its two parts."""
+    """Folder of a demo of one epoch and PGCD alone, and what it said in its two parts."""
     folder = tmp_path_factory.mktemp("demo") / "with space"
     return folder, *run_demo(folder, SHORT)
 
