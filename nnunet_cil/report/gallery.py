@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -69,6 +70,25 @@ def reference_method(found: Collected) -> str | None:
 
 def _runs(found: Collected, method: str) -> list:
     return [run for run in found.runs if run.method == method]
+
+
+def _one_run_each(found: Collected, has: Callable[[Run], bool]) -> dict[str, Run]:
+    """A run of each method: of those that have it that of the seed most methods have it of, without any the first."""
+    having = {method: [run for run in _runs(found, method) if has(run)] for method in found.methods}
+    methods_of = Counter(seed for runs in having.values() for seed in {run.seed for run in runs})
+    return {
+        method: max(runs, key=lambda run: methods_of[run.seed]) if runs else found.first_run(method)
+        for method, runs in having.items()
+    }
+
+
+def _models_of(runs: Mapping[str, Run]) -> str:
+    """A sentence on whose seed is shown; nothing where no run has one."""
+    seeds = {run.seed for run in runs.values()}
+    if len(seeds) == 1:
+        return "" if seeds == {None} else f" Models of seed {seeds.pop()}."
+    each = [f"{marked(method)} {'none' if run.seed is None else run.seed}" for method, run in runs.items()]
+    return f" Seeds of the models: {', '.join(each)}."
 
 
 def _named(methods: Sequence[str]) -> str:
@@ -206,15 +226,16 @@ def _pictures(found: Collected, folder: Path) -> Shelf:
         shelf.missing.append("No pictures are shown: no method has its last step scored.")
         return shelf
     models = {}
+    pictured = _one_run_each(found, lambda run: run.models[-1].predictions is not None)
     for method in found.methods:
-        model = _pictured(found, method).models[-1]
+        model = pictured[method].models[-1]
         if model.predictions is None:
             shelf.missing.append(
                 f"{marked(method)} is not in the pictures: its predictions of the last step are not there."
             )
         else:
             models[method] = model
-    cases, scores = last_scores([_pictured(found, reference)], found.classes, "dice")
+    cases, scores = last_scores([pictured[reference]], found.classes, "dice")
     if not models or not cases:
         shelf.missing.append("No pictures are shown: there are no predictions of the last step.")
         return shelf
@@ -251,18 +272,13 @@ def _pictures(found: Collected, folder: Path) -> Shelf:
             path,
             "Expert and methods side by side",
             "Compare each method's outlines with the expert's: a colour that is missing is an organ that was not "
-            f"found, and the number is the subject's mean Dice. Chosen by the scores of {marked(reference)}: {kinds}.",
+            f"found, and the number is the subject's mean Dice. Chosen by the scores of {marked(reference)}: {kinds}."
+            + _models_of({method: pictured[method] for method in models}),
             f"Axial slices of {kinds} by {marked(reference)}, with organs outlined by the expert and by each method. "
             + " ".join(about),
         )
     )
     return shelf
-
-
-def _pictured(found: Collected, method: str) -> Run:
-    """The first run that has predictions of the last step, else the first."""
-    runs = [run for run in _runs(found, method) if run.models[-1].predictions is not None]
-    return runs[0] if runs else found.first_run(method)
 
 
 def _mean_dice(model: Model, case: str) -> float:
@@ -274,8 +290,9 @@ def _mean_dice(model: Model, case: str) -> float:
 def _training(found: Collected, folder: Path) -> Shelf:
     shelf = Shelf()
     without = []
+    shown = _one_run_each(found, lambda run: any(model.terms for model in run.models))
     for method in found.methods:
-        run = found.first_run(method)
+        run = shown[method]
         terms = {f"step {model.step}": model.terms for model in run.models if model.terms}
         if not terms:
             without.append(method)
@@ -310,8 +327,9 @@ def _first_and_last(title: str, terms: Mapping[str, NDArray[np.floating]]) -> st
 def _prototypes(found: Collected, folder: Path) -> Shelf:
     shelf = Shelf()
     similarities, drifts, without, unmeasured = {}, {}, [], []
+    shown = _one_run_each(found, lambda run: any(model.prototypes is not None for model in run.models))
     for method in found.methods:
-        models = found.first_run(method).models
+        models = shown[method].models
         stores = [model.prototypes for model in models if model.prototypes is not None]
         if not stores:
             without.append(method)
@@ -343,7 +361,7 @@ def _prototypes(found: Collected, folder: Path) -> Shelf:
                 path,
                 "How alike the organs look to the network" + ("" if together else f": {marked(group[0])}"),
                 "Look off the diagonal: a red pair is two organs whose features point the same way, and which the "
-                "network may confuse.",
+                "network may confuse." + _models_of({method: shown[method] for method in group}),
                 "Cosine similarity between the prototypes of all classes after the last step. "
                 + " ".join(_most_alike(method, *similarities[method]) for method in group),
                 folded=bool(shelf.figures),
@@ -357,7 +375,8 @@ def _prototypes(found: Collected, folder: Path) -> Shelf:
                 path,
                 "How far the organs' prototypes move",
                 "Look for lines that rise: above 1, the features of an organ have moved further than they scatter "
-                "among its own voxels, and what was stored about it no longer fits.",
+                "among its own voxels, and what was stored about it no longer fits."
+                + _models_of({method: shown[method] for method in drifts}),
                 "Line charts of the distance that each class's prototype has moved since it was first extracted, in "
                 "units of the class's spread. " + " ".join(_moved(method, moved) for method, moved in drifts.items()),
             )

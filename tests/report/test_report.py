@@ -14,6 +14,7 @@ from PIL import Image
 from nnunet_cil.chain import JOINT
 from nnunet_cil.evaluate import evaluation_file
 from nnunet_cil.report import gallery, write
+from nnunet_cil.report.collect import collect
 from nnunet_cil.report.write import write_report
 from nnunet_cil.schedule import load_schedule
 from tests.report import browser
@@ -347,6 +348,25 @@ def test_what_is_missing_is_said(chain, what, sentence):
         for case in ("case_1", "case_2", "case_3"):
             (predictions / f"{case}.nii.gz").unlink()
     assert sentence in Page(write_report(chain, variants)).text
+
+
+def test_figures_of_single_models_show_one_seed_where_all_have_it(chain, monkeypatch):
+    for name in [name for name in vars(gallery) if name.startswith("plot_")]:
+        monkeypatch.setattr(gallery, name, lambda *_, **__: None)
+    variants = write_chain(chain, methods=("pgcd", "mib"), seeds=(0, 1))
+    # as after `gather`: scores of a training that is elsewhere
+    shutil.rmtree(next(evaluation_file(chain, variants[0], 2, "all").parent.glob("*_*")))
+    for step in (1, 2):
+        (chain.model_folder(variants[0], step) / "fold_all" / "prototypes.npz").unlink()
+    next((chain.model_folder(variants[0], 2) / "fold_all").glob("training_log_*.txt")).unlink()
+    shelves = gallery.draw_all(collect(chain, variants), chain.folder)
+    for kind in ("pictures", "prototypes"):
+        assert all(figure.caption.endswith(" Models of seed 1.") for figure in shelves[kind].figures)
+    assert len(shelves["training"].figures) == 2
+    assert all("seed 1." in figure.alt for figure in shelves["training"].figures)
+    shutil.rmtree(next(evaluation_file(chain, variants[-1], 2, "all").parent.glob("*_*")))
+    (panel,) = gallery.draw_all(collect(chain, variants), chain.folder)["pictures"].figures
+    assert panel.caption.endswith(" Seeds of the models: pgcd 1, mib 0.")
 
 
 def test_an_organ_that_no_subject_has(chain):
