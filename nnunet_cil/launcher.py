@@ -335,12 +335,12 @@ def _slurm_executor(chain: Chain, job_before: str | None) -> Any:
 
 
 def _queue() -> dict[str, str]:
-    """The user's jobs that Slurm has in its queue or runs, by id: queued, and why, or running.
+    """Jobs of all users that Slurm has in its queue or runs, by id: queued, and why, or running; two may share a chain.
 
     Raises:
         RuntimeError: Slurm does not answer.
     """
-    command = ["squeue", "--me", "--array", "--noheader", "--format=%i|%T|%r"]
+    command = ["squeue", "--array", "--noheader", "--format=%i|%T|%r"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"squeue: got {done.stderr.strip()!r}, expected the queue of Slurm. Try again later.")
