@@ -742,7 +742,8 @@ class IncrementalTrainer(nnUNetTrainer):
         if self.incremental:
             self.print_to_log_file(
                 f"This validation knows labels of {', '.join(self.block.new_classes)} alone: an old organ that is "
-                "found counts as Dice 0, in its mean as well. The test set is what scores old organs."
+                "found counts as Dice 0, in its mean as well. The test set is what scores old organs. Their 0 misleads "
+                "nnUNetv2_find_best_configuration: do not take its postprocessing, which may remove old organs."
             )
 
     def on_train_end(self):

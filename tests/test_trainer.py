@@ -538,6 +538,7 @@ def test_other_configurations_train_both_steps(tmp_path, monkeypatch, changes):
     assert len(summary["metric_per_case"]) == (1 if validated else 0)
     told = "knows labels of blob alone: an old organ that is found counts as Dice 0,"
     assert (told in log.read_text(encoding="utf-8")) == validated
+    assert ("nnUNetv2_find_best_configuration" in log.read_text(encoding="utf-8")) == validated
 
 
 @pytest.mark.parametrize(
