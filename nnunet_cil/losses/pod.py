@@ -73,6 +73,10 @@ def local_pod(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 
 
 def with_new_summed_into_background(logits: torch.Tensor, n_old: int) -> torch.Tensor:
-    """(B, n_old, *S) from (B, K, *S): the new classes' logits are added to background's, as in the authors' code."""
+    """(B, n_old, *S) from (B, K, *S): the new classes' logits are added to background's, as in the authors' code.
+
+    In float32 or better, as the sum would be rounded in half precision.
+    """
+    logits = at_least_float32(logits)
     background = logits[:, :1] + logits[:, n_old:].sum(1, keepdim=True)
     return torch.cat([background, logits[:, 1:n_old]], 1)

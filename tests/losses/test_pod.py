@@ -92,3 +92,10 @@ def test_half_precision_ends_at_the_loss():
 def test_new_logits_are_summed_into_background():
     logits = torch.tensor([1.0, 2.0, 3.0, 4.0]).reshape(1, 4, 1)
     assert with_new_summed_into_background(logits, 2).flatten().tolist() == [8.0, 2.0]
+
+
+def test_the_sum_into_background_is_not_rounded_to_half_precision():
+    logits = torch.tensor([1.0, 2.0, 1 / 512]).reshape(1, 3, 1)
+    torch.testing.assert_close(
+        with_new_summed_into_background(logits.bfloat16(), 2).float()[0, 0, 0], logits[0, ::2].sum()
+    )
