@@ -359,6 +359,7 @@ def _box(
     size, alpha = (3.2, 0.55) if len(values) <= 100 else (2.2, 0.3)
     jitter = rng.uniform(-0.22, 0.22, len(values))
     axes.plot(x + jitter, values, marker, color=colour, markersize=size, alpha=alpha, markeredgewidth=0, zorder=2)
+    is_flat = np.ptp(np.percentile(values, (25, 75))) == 0  # such a box is no more than its median
     axes.boxplot(
         values,
         positions=[x],
@@ -368,7 +369,7 @@ def _box(
         manage_ticks=False,
         zorder=3,
         boxprops={"facecolor": (*to_rgb(colour), 0.18), "edgecolor": colour, "linewidth": 1.1},
-        medianprops={"color": "black", "linewidth": 1.6},
+        medianprops={"color": colour if is_flat else "black", "linewidth": 1.6},
         whiskerprops={"color": colour},
         capprops={"color": colour},
     )

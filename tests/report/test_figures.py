@@ -219,6 +219,16 @@ def test_where_colour_is_the_method_organs_have_none(tmp_path, drawn):
         assert {line.get_color() for line in lines} <= {colour, "black"}
 
 
+@pytest.mark.parametrize(
+    ("values", "is_black"), [([0.0], False), ([0.0, 0.0, 9.0, 0.0, 0.0], False), ([1.0, 2.0], True)]
+)
+def test_a_box_without_height_is_a_line_in_the_colour_of_its_method(tmp_path, drawn, values, is_black):
+    figures.plot_subjects({"pgcd": np.array(values)[:, None]}, ["liver"], "Dice (%)", tmp_path / "f.png")
+    colour = figures.method_styles(["pgcd"])["pgcd"][0]
+    median = next(line for line in drawn[0].axes[0].get_lines() if line.get_linewidth() == 1.6)
+    assert median.get_color() == ("black" if is_black else colour)
+
+
 def test_organs_keep_their_colours_in_another_order(tmp_path, drawn):
     found = {name: np.ones(2) for name in ORGANS}
     for classes in (ORGANS, ORGANS[::-1]):
