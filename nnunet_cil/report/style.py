@@ -34,6 +34,7 @@ a { color: var(--link); }
 ul.lead { padding-left: 1.2rem; margin: 0 0 1rem; }
 .quiet, .files, figcaption .files { color: var(--quiet); font-size: .86em; }
 .order { list-style: none; margin: 0 0 1rem; padding: 0; display: flex; flex-wrap: wrap; gap: .2rem 1.6rem; }
+.order .name { display: inline-flex; align-items: baseline; max-width: 100%; overflow-wrap: anywhere; }
 .swipe { display: none; }
 .skip { position: absolute; left: -999rem; top: 0; background: var(--card); padding: .6rem 1rem; z-index: 9; }
 .skip:focus { left: .5rem; top: .5rem; }

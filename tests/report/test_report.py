@@ -451,6 +451,8 @@ def test_in_a_browser(whole):
             ground = page.value("getComputedStyle(document.body).backgroundColor")
             light = sum(map(int, re.findall(r"\d+", ground))) > 382
             assert light is not dark
+        page.value("document.querySelector('.order .name').append('_with_a_long_name'.repeat(5))")
+        assert page.value("document.documentElement.scrollWidth") == 390
         assert page.messages == []
 
         page.press("Tab")
