@@ -11,6 +11,7 @@ import numpy as np
 from scipy import stats
 
 from nnunet_cil.report.table import aligned, marked, seed_numbers
+from nnunet_cil.report.words import counted
 
 MIN_SUBJECTS = 3
 DECIMALS = 12
@@ -111,7 +112,7 @@ def _known(value: float | None) -> float | None:
 def _tested(values: np.ndarray) -> tuple[str, float, float, float]:
     """What there is to note of the differences, their interval, and the test's p."""
     if len(values) < MIN_SUBJECTS:
-        too_few = f"{len(values)} subjects with a pair, fewer than {MIN_SUBJECTS}: no interval and no test"
+        too_few = f"{counted(len(values), 'subject')} with a pair, fewer than {MIN_SUBJECTS}: no interval and no test"
         return too_few, math.nan, math.nan, math.nan
     if not values.any():
         return "no subject differs: no test", 0.0, 0.0, math.nan

@@ -79,7 +79,7 @@ def test_below_three_subjects_there_is_no_interval(n):
     found = paired_difference({A: one_class(*[0.5, 0.7][:n])}, {A: ZERO}, ["a"])
     assert np.isnan([found.low, found.high, found.p_value]).all()
     assert found.n_subjects == n
-    assert "fewer than 3" in found.note
+    assert f"{n} subject{'s' * (n != 1)} with a pair, fewer than 3" in found.note
     assert math.isnan(found.mean) if n == 0 else found.mean == pytest.approx([0.5, 0.6][n - 1])
 
 
