@@ -58,13 +58,16 @@ class Organ:
         return self.before is not None and self.after is not None
 
     def status(self, guard: Guard) -> str:
-        """``kept``, ``weakened``, ``lost``, ``not learned`` if it never was there, or ``not scored``."""
+        """``kept``, ``weakened``, ``lost``, ``already lacking`` if the step before had not found it, or ``not scored``.
+
+        Whether that one had lost it, or none ever learned it, two steps do not say.
+        """
         if self.labelled:
             found = fate(self.before, self.after, guard)
         else:
             agreement = math.nan if self.agreement is None else self.agreement
             found = fate(1.0, agreement, replace(guard, weakened=1 - guard.agreement))
-        return "kept" if found == "improved" else found
+        return {"improved": "kept", "not learned": "already lacking"}.get(found, found)
 
     def __str__(self) -> str:
         cosine = "" if self.cosine is None else f", cosine of prototypes {self.cosine:.2f}"

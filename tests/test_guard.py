@@ -36,7 +36,7 @@ STEPS = (("ball", "tube"), ("blob",))
         (0.9, 0.86, "weakened"),
         (0.9, 0.46, "weakened"),
         (0.9, 0.44, "lost"),
-        (0.05, 0.0, "not learned"),
+        (0.05, 0.0, "already lacking"),
     ],
 )
 def test_an_organ_that_is_labelled_is_judged_by_its_dice(before, after, status):

@@ -148,6 +148,7 @@ def fate_of_old(found: Sequence[Outcome]) -> str:
         "weakened": ("weakened",),
         "kept": ("kept", "improved"),
         "never learned": ("not learned",),
+        "already lacked": ("already lacking",),
     }
     groups = {word: [o.organ for o in old if o.status in statuses] for word, statuses in words.items()}
     parts = []

@@ -126,6 +126,8 @@ def test_fates_of_a_check():
     organs = {"liver": Organ(0.9, 0.9), "spleen": Organ(), "pancreas": Organ(0.9, 0.1)}
     check = Check("pgcd", 0, 0, 2, "a", "b", 0, organs)
     assert fate_of_old(check.outcomes(Guard())) == "lost pancreas, kept liver (spleen not scored)"
+    later = Check("finetune", 0, "all", 3, "a", "b", 0, {"liver": Organ(0.0, 0.0), "spleen": Organ(0.7, 0.0)})
+    assert fate_of_old(later.outcomes(Guard())) == "lost spleen, already lacked liver"
 
 
 def test_listed():
