@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from html import escape
@@ -12,6 +13,7 @@ import yaml
 
 from nnunet_cil import metrics
 from nnunet_cil.chain import JOINT
+from nnunet_cil.metrics import over_seeds
 from nnunet_cil.report import provenance
 from nnunet_cil.report.collect import Collected, Model, last_scores, total_seconds
 from nnunet_cil.report.colours import method_styles
@@ -495,12 +497,16 @@ def _surface_table(found: Collected) -> str:
     ):
         lines = []
         for method in found.methods:
-            runs = [run for run in found.runs if run.method == method]
-            values = last_scores(runs, found.classes, score)[1]
-            if not np.isnan(values).all():
-                single = [last_scores([run], found.classes, score)[1] for run in runs]
-                each = np.concatenate([one for one in single if one.size])
-                cells = [_mean_of(factor * values[:, c], each[:, c]) for c in range(len(found.classes))]
+            by_seed: dict[int | None, list[np.ndarray]] = defaultdict(list)
+            for run in (run for run in found.runs if run.method == method):
+                if (values := last_scores([run], found.classes, score)[1]).size:
+                    by_seed[run.seed].append(values)
+            each = [values for folds in by_seed.values() for values in folds]
+            if not all(np.isnan(values).all() for values in each):
+                # as everywhere: of the subjects of a training, of the folds of a seed, of the seeds
+                seeds = [over_seeds([over_seeds(values)[0] for values in folds])[0] for folds in by_seed.values()]
+                means, of = over_seeds(seeds)[0], np.concatenate(each)
+                cells = [_mean_of(factor * means[c], of[:, c]) for c in range(len(found.classes))]
                 lines.append([method_name(method, found.methods), *cells])
         if lines:
             parts.append(table(title, header, lines))
@@ -551,13 +557,13 @@ def _kib(size: float | None) -> str:
     return "" if size is None else "none" if size == 0 else f"{max(size / 1024, 0.1):,.1f} KiB"
 
 
-def _mean_of(values: np.ndarray, each: np.ndarray) -> str:
-    """Mean over subjects, and how many of ``each``, the values of all trainings, are there."""
-    present, n = values[~np.isnan(values)], int((~np.isnan(each)).sum())
-    if not present.size:
+def _mean_of(mean: float, each: np.ndarray) -> str:
+    """A mean, and how many of ``each``, the values of all subjects and trainings, are there."""
+    n = int((~np.isnan(each)).sum())
+    if not n:
         return "n/a"
     few = f" <small>({n} of {each.size})</small>" if n < each.size else ""
-    return f"{present.mean():.1f}{few}"
+    return f"{mean:.1f}{few}"
 
 
 def _made(found: Collected, commands: Sequence[str]) -> str:

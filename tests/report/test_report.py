@@ -8,11 +8,12 @@ import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from nnunet_cil.chain import JOINT
-from nnunet_cil.evaluate import evaluation_file
+from nnunet_cil.evaluate import collect_scores, evaluation_file
 from nnunet_cil.report import gallery, write
 from nnunet_cil.report.collect import collect
 from nnunet_cil.report.write import write_report
@@ -411,6 +412,20 @@ def test_pictures_have_each_subjects_own_dice(chain, monkeypatch):
     assert by_kind["Worst"] == pytest.approx({"pgcd": 0.5, "joint": 0.45})
     (alt,) = [image["alt"] for image in page.all("img") if "Worst subject" in image["alt"]]
     assert "Typical subject c, mean Dice over its organs: pgcd 60.0, joint 55.0." in alt
+
+
+def test_distances_are_those_of_the_table(chain):
+    """A seed is the mean over the subjects that have a distance, however many these are."""
+    variants = [chain.variant("pgcd", seed) for seed in (0, 1)]
+    for variant, dice in zip(variants, ((0.9, 0.1), (0.9, 0.0)), strict=True):  # 3 and 11 mm, 3 mm and missed
+        scores = {case: {"ball": value, "tube": 0.7, "blob": 0.7} for case, value in zip("ab", dice, strict=True)}
+        write_scores(chain, variant, 2, scores)
+    page = Page(write_report(chain, variants))
+    found = collect_scores(chain, variants)[0]["runs"]
+    means = [np.mean([run["hd95_mm"][-1][c] for run in found]) for c in range(3)]
+    cells = page.rows("HD95 after the last step, mm: lower is better")[0]
+    assert cells == ["pgcd", "5.0 (3 of 4)", "5.0", "5.0"]
+    np.testing.assert_allclose(means, [5, 5, 5])
 
 
 def test_joint_alone(chain):
