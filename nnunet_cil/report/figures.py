@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from matplotlib import font_manager
 from matplotlib import style as mpl_style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -30,7 +31,6 @@ WIDTH_INCHES = 7.0
 
 _GREY = "#555555"
 _LOOK = {
-    "font.family": "sans-serif",
     "font.size": 9,
     "pdf.fonttype": 42,
     "axes.axisbelow": True,
@@ -49,6 +49,13 @@ _LOOK = {
     "ytick.color": _GREY,
     "ytick.labelcolor": "black",
 }
+# taken, where they are installed, for the characters of class names that matplotlib's own font lacks
+_OTHER_FONTS = (
+    *(f"Noto Sans CJK {region}" for region in ("SC", "TC", "JP", "KR")),
+    *("Source Han Sans SC", "Source Han Sans", "WenQuanYi Zen Hei", "IPAexGothic", "NanumGothic"),
+    *("Microsoft YaHei", "SimHei", "Yu Gothic", "Malgun Gothic"),
+    *("PingFang SC", "Hiragino Sans", "Apple SD Gothic Neo", "Arial Unicode MS"),
+)
 _BOXES_PER_LINE = 36
 _MAX_LOLLIPOPS = 40
 _CELL_INCHES = 0.42
@@ -66,7 +73,9 @@ def drawing(path_png: Path, width: float, height: float) -> Iterator[Figure]:
     path_png = Path(path_png)
     if path_png.suffix != ".png":
         raise ValueError(f"path_png: got {path_png.name}, expected a name that ends in .png.")
-    with mpl_style.context(["default", _LOOK]):  # nnU-Net's plots leave seaborn's settings behind
+    installed = set(font_manager.get_font_names())
+    fonts = {"font.family": ["DejaVu Sans", *(font for font in _OTHER_FONTS if font in installed)]}
+    with mpl_style.context(["default", _LOOK, fonts]):  # nnU-Net's plots leave seaborn's settings behind
         figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
         FigureCanvasAgg(figure)
         yield figure

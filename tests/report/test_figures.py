@@ -229,6 +229,13 @@ def test_a_box_without_height_is_a_line_in_the_colour_of_its_method(tmp_path, dr
     assert median.get_color() == ("black" if is_black else colour)
 
 
+def test_characters_that_the_font_lacks_are_of_another_font_where_one_is_installed(tmp_path, monkeypatch, drawn):
+    monkeypatch.setattr(figures, "_OTHER_FONTS", ("Not Installed", "STIXGeneral"))
+    figures.plot_subjects({"pgcd": np.ones((2, 1))}, ["liver"], "Dice (%)", tmp_path / "f.png")
+    (name,) = [text for text in drawn[0].axes[0].get_xticklabels() if text.get_text() == "liver"]
+    assert name.get_fontfamily() == ["DejaVu Sans", "STIXGeneral"]
+
+
 def test_organs_keep_their_colours_in_another_order(tmp_path, drawn):
     found = {name: np.ones(2) for name in ORGANS}
     for classes in (ORGANS, ORGANS[::-1]):
