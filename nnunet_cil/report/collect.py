@@ -178,10 +178,6 @@ class Collected:
         """Every model once."""
         return tuple({id(model): model for run in self.runs for model in run.models}.values())
 
-    def first_run(self, method: str) -> Run:
-        """The run of a method's first seed and fold."""
-        return next(run for run in self.runs if run.method == method)
-
 
 def total_seconds(cost: Mapping[str, float | None]) -> float | None:
     """Time for pseudo-labels, training and prototypes, from the content of a ``cost.json``; None without any."""

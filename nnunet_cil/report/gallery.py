@@ -72,14 +72,14 @@ def _runs(found: Collected, method: str) -> list:
     return [run for run in found.runs if run.method == method]
 
 
-def _one_run_each(found: Collected, has: Callable[[Run], bool]) -> dict[str, Run]:
-    """A run of each method: of those that have it that of the seed most methods have it of, without any the first."""
-    having = {method: [run for run in _runs(found, method) if has(run)] for method in found.methods}
-    methods_of = Counter(seed for runs in having.values() for seed in {run.seed for run in runs})
-    return {
-        method: max(runs, key=lambda run: methods_of[run.seed]) if runs else found.first_run(method)
-        for method, runs in having.items()
-    }
+def _one_run_each(found: Collected, parts: Callable[[Run], int]) -> dict[str, Run]:
+    """A run of each method: of those that have most parts of a figure that of the seed which most methods have so."""
+    most = {}
+    for method in found.methods:
+        runs = _runs(found, method)
+        most[method] = [run for run in runs if parts(run) == max(map(parts, runs))]
+    methods_of = Counter(seed for runs in most.values() for seed in {run.seed for run in runs if parts(run)})
+    return {method: max(runs, key=lambda run: methods_of[run.seed]) for method, runs in most.items()}
 
 
 def _models_of(runs: Mapping[str, Run]) -> str:
@@ -290,7 +290,7 @@ def _mean_dice(model: Model, case: str) -> float:
 def _training(found: Collected, folder: Path) -> Shelf:
     shelf = Shelf()
     without = []
-    shown = _one_run_each(found, lambda run: any(model.terms for model in run.models))
+    shown = _one_run_each(found, lambda run: sum(bool(model.terms) for model in run.models))
     for method in found.methods:
         run = shown[method]
         terms = {f"step {model.step}": model.terms for model in run.models if model.terms}
@@ -327,7 +327,7 @@ def _first_and_last(title: str, terms: Mapping[str, NDArray[np.floating]]) -> st
 def _prototypes(found: Collected, folder: Path) -> Shelf:
     shelf = Shelf()
     similarities, drifts, without, unmeasured = {}, {}, [], []
-    shown = _one_run_each(found, lambda run: any(model.prototypes is not None for model in run.models))
+    shown = _one_run_each(found, lambda run: sum(model.prototypes is not None for model in run.models))
     for method in found.methods:
         models = shown[method].models
         stores = [model.prototypes for model in models if model.prototypes is not None]

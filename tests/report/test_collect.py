@@ -28,11 +28,12 @@ def test_a_whole_chain(chain):
     assert found.methods == ("pgcd", "finetune", "joint")
     assert [row.method for row in found.rows] == ["pgcd", "finetune", "joint"]
     assert len(found.models) == 8
-    assert found.first_run("finetune").models[0] is found.first_run("pgcd").models[0]
+    pgcd, finetune = (next(run for run in found.runs if run.method == method) for method in ("pgcd", "finetune"))
+    assert finetune.models[0] is pgcd.models[0]
     assert {len(matrices) for matrices in found.dice_by_run.values()} == {2}
     assert found.channels == {"0": "CT"}
     assert found.problems == ()
-    model = found.first_run("pgcd").models[1]
+    model = pgcd.models[1]
     assert model.trained
     assert model.predictions.is_dir()
     assert model.machine == {"device": "cpu", "precision": "bfloat16, 2 threads", "torch": "9.9.9"}

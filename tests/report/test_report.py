@@ -357,8 +357,7 @@ def test_figures_of_single_models_show_one_seed_where_all_have_it(chain, monkeyp
     variants = write_chain(chain, methods=("pgcd", "mib"), seeds=(0, 1))
     # as after `gather`: scores of a training that is elsewhere
     shutil.rmtree(next(evaluation_file(chain, variants[0], 2, "all").parent.glob("*_*")))
-    for step in (1, 2):
-        (chain.model_folder(variants[0], step) / "fold_all" / "prototypes.npz").unlink()
+    (chain.model_folder(variants[0], 2) / "fold_all" / "prototypes.npz").unlink()
     next((chain.model_folder(variants[0], 2) / "fold_all").glob("training_log_*.txt")).unlink()
     shelves = gallery.draw_all(collect(chain, variants), chain.folder)
     for kind in ("pictures", "prototypes"):
