@@ -13,7 +13,6 @@ import yaml
 
 from nnunet_cil import metrics
 from nnunet_cil.chain import JOINT
-from nnunet_cil.metrics import over_seeds
 from nnunet_cil.report import provenance
 from nnunet_cil.report.collect import Collected, Model, last_scores, total_seconds
 from nnunet_cil.report.colours import method_styles
@@ -504,8 +503,11 @@ def _surface_table(found: Collected) -> str:
             each = [values for folds in by_seed.values() for values in folds]
             if not all(np.isnan(values).all() for values in each):
                 # as everywhere: of the subjects of a training, of the folds of a seed, of the seeds
-                seeds = [over_seeds([over_seeds(values)[0] for values in folds])[0] for folds in by_seed.values()]
-                means, of = over_seeds(seeds)[0], np.concatenate(each)
+                seeds = [
+                    metrics.over_seeds([metrics.over_seeds(values)[0] for values in folds])[0]
+                    for folds in by_seed.values()
+                ]
+                means, of = metrics.over_seeds(seeds)[0], np.concatenate(each)
                 cells = [_mean_of(factor * means[c], of[:, c]) for c in range(len(found.classes))]
                 lines.append([method_name(method, found.methods), *cells])
         if lines:
