@@ -142,22 +142,24 @@ def _run(chain: Chain, methods: Sequence[str], seeds: Sequence[int | None]) -> s
 def _complete(
     chain: Chain, variants: Sequence[Variant], variant: Variant, step: int | str, fold: int | str, label: str
 ) -> None:
-    """Train a model, score it and compare it with the step before, where that is not done, and write the results.
+    """Train a model, score it and compare it with the step before, and write the results, where that is not done.
 
     Raises:
         RuntimeError: the training failed, another process is at it, or the guard stops the chain here.
     """
     with chain.locked(_name(chain, variant, step, fold)):
+        was_done = _is_done(chain, variant, step, fold)
         if not chain.trained(variant, step, fold):
             _train(chain, variant, step, fold, label)
-        if device_of(chain.schedule).type == "cuda" and not _is_done(chain, variant, step, fold):
+        if device_of(chain.schedule).type == "cuda" and not was_done:
             # what a process has taken of a GPU it keeps until it ends, and the next training needs all of it
             check = in_own_process(judge_model, chain.schedule, variant.method, variant.seed, step, fold)
         else:
             check = _judge(chain, variant, step, fold)
-    if chain.schedule.test:
+    ends_here = check is not None and stops(chain, check)
+    if chain.schedule.test and (ends_here or not was_done):
         report(chain, variants)
-    if check is not None and stops(chain, check):
+    if ends_here:
         _stop(chain, variant, check)
 
 

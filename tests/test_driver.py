@@ -286,3 +286,18 @@ def test_a_schedule_that_is_edited_during_a_run_changes_nothing_in_it(two_folds,
     driver.judge_model(schedule, "pgcd", 0, 1, 0)
     assert set(scored) == {"tiny"}
     assert [path.name for path in two_folds.folder.parent.glob("chain_*")] == ["chain_tiny"]
+
+
+def test_the_results_of_a_finished_chain_are_written_once_and_not_for_each_of_its_trainings(two_folds, monkeypatch):
+    """Tables of many methods and seeds take as long as scoring."""
+    todo, judged, written = {(2, 1)}, [], []
+    monkeypatch.setattr(driver, "_prepared_variants", lambda chain, *_: [chain.variant("pgcd", 0)])
+    monkeypatch.setattr(driver, "_is_done", lambda chain, variant, *training: training not in todo)
+    monkeypatch.setattr(driver, "_judge", lambda chain, variant, *training: judged.append(training))
+    monkeypatch.setattr(driver, "report", lambda chain, variants: written.append(list(judged)) or "the table")
+    everything = [(1, 0), (1, 1), (2, 0), (2, 1)]
+    assert driver._run(two_folds, [], []) == "the table"
+    assert written == [everything, everything], "when a model is scored, and at the end"
+    todo.clear()
+    driver._run(two_folds, [], [])
+    assert len(written) == 3
