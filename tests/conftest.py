@@ -93,6 +93,12 @@ def write_tiny_dataset(
     return folder
 
 
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """Four cases, the last one for test; tests leave it as it is."""
+    return write_tiny_dataset(tmp_path_factory.mktemp("dataset") / "source", n_cases=4)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def quick_preparation():
     """What takes seconds each time: nnU-Net's 10^8 intensities, its 12 processes that list files, fonts in PDFs.

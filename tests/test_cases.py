@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -12,12 +11,6 @@ from nnunet_cil.schedule import load_schedule
 from nnunet_cil.step_files import write_json
 from tests.conftest import write_tiny_dataset
 from tests.datasets import cut, lacking, relabelling, write_own_datasets, write_reversed
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
-    """Four cases, the last one for test; tests leave it as it is."""
-    return write_tiny_dataset(tmp_path_factory.mktemp("dataset") / "source", n_cases=4)
 
 
 def names_of(cases) -> list[str]:

@@ -58,12 +58,6 @@ def variants_of(chain: Chain):
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
-    """Four cases, the last one for test; tests leave it as it is."""
-    return write_tiny_dataset(tmp_path_factory.mktemp("dataset") / "source", n_cases=4)
-
-
-@pytest.fixture(scope="module")
 def prepared(tmp_path_factory, source):
     """Two steps cut out of one dataset, blob first, and four variants; tests leave it as it is."""
     root = tmp_path_factory.mktemp("prepared")

@@ -37,12 +37,6 @@ from tests.datasets import (
 OTHER_GRID = pytest.mark.faults("label on another grid", "refused by name before anything is written", "nothing")
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
-    """Four cases, the last one for test; tests leave it as it is."""
-    return write_tiny_dataset(tmp_path_factory.mktemp("dataset") / "source", n_cases=4)
-
-
 def as_nrrd(folder: Path) -> Path:
     for path in list(folder.glob("*Tr/*.nii.gz")):
         SimpleITK.WriteImage(SimpleITK.ReadImage(str(path)), str(path).replace(".nii.gz", ".nrrd"))
