@@ -561,14 +561,16 @@ class IncrementalTrainer(nnUNetTrainer):
             loss = self.loss(*self.objective.segmentation(output, target))
         return loss if weight is None else weight * loss
 
+    def _on_device(self, batch: dict) -> tuple[torch.Tensor, Any]:
+        """Images and labels of a batch, the latter a list with deep supervision."""
+        data, target = batch["data"].to(self.device, non_blocking=True), batch["target"]
+        if isinstance(target, list):
+            return data, [t.to(self.device, non_blocking=True) for t in target]
+        return data, target.to(self.device, non_blocking=True)
+
     def train_step(self, batch: dict) -> dict:
         """nnU-Net's step, with the teacher's pass and the objective's terms where there is a teacher."""
-        data = batch["data"].to(self.device, non_blocking=True)
-        target = batch["target"]
-        if isinstance(target, list):
-            target = [t.to(self.device, non_blocking=True) for t in target]
-        else:
-            target = target.to(self.device, non_blocking=True)
+        data, target = self._on_device(batch)
         self.optimizer.zero_grad(set_to_none=True)
         distils = self.incremental and self.objective.uses_teacher
         unlabelled = self._in_batch(self._unlabelled, batch)
@@ -630,11 +632,11 @@ class IncrementalTrainer(nnUNetTrainer):
 
     def validation_step(self, batch: dict) -> dict:
         if self.online:
-            batch = dict(batch)
+            data, target = self._on_device(batch)
             with self._autocast():
-                logits = self._teacher_logits(batch["data"].to(self.device, non_blocking=True)).cpu()
-            relabelled = self._in_batch(self._relabelled, batch)
-            batch["target"] = self._with_online_labels(batch["target"], logits, relabelled)
+                logits = self._teacher_logits(data)
+            target = self._with_online_labels(target, logits, self._in_batch(self._relabelled, batch))
+            batch = {**batch, "data": data, "target": target}
         unlabelled = self._in_batch(self._unlabelled, batch)
         with self._ignoring_unsure_voxels(), self._autocast(), self._folding(unlabelled):
             return super().validation_step(batch)

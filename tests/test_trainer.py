@@ -272,6 +272,18 @@ def test_online_labels_are_scaled_down_as_nnunet_scales_labels_down(started):
         assert all(torch.equal(ours[b], theirs) for ours, theirs in zip(merged, expected, strict=True))
 
 
+def test_online_labels_of_validation_are_taken_on_the_device_of_the_training(started, monkeypatch):
+    """On the CPU a training on CUDA has one thread."""
+    monkeypatch.setitem(started.block.settings, "pseudo_labels", "online")
+    batch, given = next(started.dataloader_val), []
+    started.device, started.amp_dtype = torch.device("meta"), None
+    started.teacher.network.to("meta")
+    monkeypatch.setattr(nnUNetTrainer, "validation_step", lambda self, batch: given.extend(batch.values()))
+    started.validation_step({"data": batch["data"], "target": batch["target"], "keys": batch["keys"]})
+    data, target, _ = given
+    assert {tensor.device.type for tensor in (data, *target)} == {"meta"}
+
+
 def test_gradients_are_clipped_to_the_norm_that_nnunet_clips_to(started):
     segmentation = started._segmentation_loss
     started._segmentation_loss = lambda *arguments: 1e4 * segmentation(*arguments)
