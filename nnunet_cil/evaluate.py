@@ -293,12 +293,14 @@ def _steps(chain: Chain, variant: Variant) -> dict[int, int | str]:
 
 def _evaluations(chain: Chain, variant: Variant, fold: int | str) -> dict[int, dict[str, Any]]:
     """Row of the matrix -> what ``evaluate_model`` stored."""
-    found = {}
-    for row, step in _steps(chain, variant).items():
-        content = read_scores(evaluation_file(chain, variant, step, fold))
-        if counts_as_scored(chain, variant, step, content):
-            found[row] = content
-    return found
+    found = {row: _evaluation(chain, variant, step, fold) for row, step in _steps(chain, variant).items()}
+    return {row: content for row, content in found.items() if content}
+
+
+def _evaluation(chain: Chain, variant: Variant, step: int | str, fold: int | str) -> dict[str, Any]:
+    """What ``evaluate_model`` stored of one model; empty where it does not count as scored."""
+    content = read_scores(evaluation_file(chain, variant, step, fold))
+    return content if counts_as_scored(chain, variant, step, content) else {}
 
 
 def counts_as_scored(chain: Chain, variant: Variant, step: int | str, content: Mapping[str, Any]) -> bool:
@@ -378,7 +380,7 @@ def subject_scores(chain: Chain, variants: Sequence[Variant], score: str = "dice
     found: dict[str, dict[Any, Any]] = defaultdict(dict)
     for variant in variants:
         for fold in chain.schedule.folds:
-            if last := _evaluations(chain, variant, fold).get(chain.n_steps - 1):
+            if last := _evaluation(chain, variant, chain.steps_of(variant)[-1], fold):
                 found[variant.method][variant.seed, fold] = {
                     case: {name: values.get(score) for name, values in classes.items()}
                     for case, classes in shown_scores(last).items()
@@ -500,10 +502,10 @@ def _row(chain: Chain, method: str, runs: Sequence[tuple[_Run, Mapping[str, floa
 
 def _paired(chain: Chain, variants: Sequence[Variant]) -> dict[str, Any]:
     """Differences to the reference by score, method and group of classes; none if nothing is scored."""
-    reference, classes = reference_of(chain, subject_scores(chain, variants)), chain.schedule.classes
+    by_score = {score: subject_scores(chain, variants, score) for score in HIGHER_IS_BETTER}
+    reference, classes = reference_of(chain, by_score["dice"]), chain.schedule.classes
     differences = {}
-    for score in HIGHER_IS_BETTER:
-        scores = subject_scores(chain, variants, score)
+    for score, scores in by_score.items():
         found = paired_differences(scores, reference, classes, learned_at(chain)) if reference else {}
         differences[score] = {
             method: {group: asdict(difference) for group, difference in groups.items()}
