@@ -32,7 +32,7 @@ from nnunet_cil.report.parts import (
     table,
 )
 from nnunet_cil.report.style import STYLE
-from nnunet_cil.report.table import Row, marked, named_seeds, seed_numbers
+from nnunet_cil.report.table import Row, hundredths, marked, named_seeds, seed_numbers
 from nnunet_cil.report.words import (
     Outcome,
     against_joint,
@@ -300,10 +300,8 @@ def _words_on(method: str, found: Collected) -> str:
 
 
 def _hundred(value: float, spread: float = math.nan, sign: str = "") -> str:
-    if math.isnan(value):
-        return "n/a"
-    text = f"{round(100 * value, 1) + 0.0:{sign}.1f}"
-    return text if math.isnan(spread) else f"{text} <small>±{100 * spread:.1f}</small>"
+    text = hundredths(value, sign)
+    return text if math.isnan(value) or math.isnan(spread) else f"{text} <small>±{100 * spread:.1f}</small>"
 
 
 def _numbers(found: Collected) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy import stats
 
-from nnunet_cil.report.table import aligned, marked, seed_numbers
+from nnunet_cil.report.table import aligned, hundredths, marked, seed_numbers
 from nnunet_cil.report.words import counted
 
 MIN_SUBJECTS = 3
@@ -224,7 +224,7 @@ def _interval(low: float, high: float) -> str:
 
 
 def _points(value: float) -> str:
-    return "n/a" if math.isnan(value) else f"{round(100 * value, 1) + 0.0:+.1f}"
+    return hundredths(value, "+")
 
 
 def _p(value: float) -> str:
