@@ -98,8 +98,8 @@ def measure(args: argparse.Namespace, root: Path) -> dict[str, Any]:
 
     chain = Chain.open(schedule)
     variant = chain.variant(args.method, 0)
-    plans = {k: v for k, v in dataset.base_plans(chain).items()} | {"dataset_name": chain.dataset_name(2)}
-    (chain.preprocessed(2) / "stock.json").write_text(json.dumps({**plans, "plans_name": "stock"}))
+    plans = {**dataset.base_plans(chain), "dataset_name": chain.dataset_name(2), "plans_name": "stock"}
+    (chain.preprocessed(2) / "stock.json").write_text(json.dumps(plans))
     workers = worker_count(8)
     images = nnunet_api.image_lists(chain.folder / "test" / "images", ".nii.gz")
     shutil.rmtree(chain.folder / "test" / "preprocessed")

@@ -155,7 +155,7 @@ def transported(
         counts: (K,) voxels in ``shift``.
         accumulator: the one that gave ``store``.
     """
-    means, totals = store.means.copy(), store.counts.astype(np.float64).copy()
+    means, totals = store.means.copy(), store.counts.copy()
     for row, name in enumerate(store.class_names):
         if row == 0 or name not in previous.class_names or counts[row] == 0:
             continue
@@ -166,5 +166,4 @@ def transported(
         )
         totals[row] += old_count
     centre, tau = accumulator.centre_and_temperature(means)
-    counted = totals.astype(store.counts.dtype)
-    return replace(store, means=means, counts=counted, centre=centre.astype(np.float32), tau=tau)
+    return replace(store, means=means, counts=totals, centre=centre.astype(np.float32), tau=tau)

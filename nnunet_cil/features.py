@@ -38,8 +38,8 @@ def encoder_stages(network: nn.Module) -> tuple[str, ...]:
 
 def decoder_stages(network: nn.Module) -> tuple[str, ...]:
     """Dotted paths of the decoder's stages, that of the lowest resolution first. Errors as `last_decoder_stage`."""
-    last = last_decoder_stage(network)
-    return tuple(f"decoder.stages.{i}" for i in range(int(last.rsplit(".", 1)[1]) + 1))
+    last_decoder_stage(network)  # or its error
+    return tuple(f"decoder.stages.{i}" for i in range(len(network.decoder.stages)))
 
 
 def lower_heads(network: nn.Module) -> list[nn.Module]:

@@ -255,10 +255,11 @@ class PrototypeAccumulator:
         if features.device.type == "mps":  # has no float64
             features, labels = features.cpu(), labels.cpu()
         features = features.detach().double()
-        counts, sums, squares = masked_sums(labels, n_classes, features, features.square().sum(1, keepdim=True))
-        self.sums += sums.cpu()
-        self.squares += squares[:, 0].cpu()
-        self.counts += counts.cpu()
+        found = masked_sums(labels, n_classes, features, features.square().sum(1, keepdim=True))
+        counts, sums, squares = (each.cpu() for each in found)
+        self.sums += sums
+        self.squares += squares[:, 0]
+        self.counts += counts
         rows, label = features.movedim(1, -1).flatten(0, -2), labels.flatten()
         for c in torch.nonzero(counts)[:, 0].tolist():
             keys = self._rng.random(int(counts[c]))

@@ -23,6 +23,7 @@ from nnunet_cil.parallel import told
 logger = logging.getLogger(__name__)
 
 ENTROPY_BINS = 100
+SMALLEST_THRESHOLD = 1e-3  # of entropy
 VOXELS_AT_A_TIME = 10**6  # of a whole image; the probabilities of all would be as large as the logits
 SHARE_IN_ONE_PIECE = 0.95
 SIZE_OF_A_RIVAL = 0.5
@@ -92,18 +93,20 @@ def _slabs(shape: Sequence[int]) -> Iterator[tuple[slice, slice, slice]]:
         yield slice(None), slice(None), slice(begin, begin + depth)
 
 
-def median_entropies(histogram: torch.Tensor, smallest: float = 1e-3) -> torch.Tensor:
-    """(n_old,) median entropy of each class, at least ``smallest``.
+def median_entropies(histogram: torch.Tensor) -> torch.Tensor:
+    """(n_old,) median entropy of each class, at least ``SMALLEST_THRESHOLD``, which a class without voxels has.
 
-    Within the bin that holds it, it is interpolated, as if the voxels there were spread evenly. A class without voxels
-    has ``smallest``.
+    Within the bin that holds it, it is interpolated, as if the voxels there were spread evenly.
+
+    Args:
+        histogram: (n_old, ENTROPY_BINS), see `entropy_histogram`.
     """
     half = histogram.sum(1, dtype=torch.float64) / 2
     cumulated = histogram.cumsum(1)
     number = (cumulated < half[:, None]).sum(1, keepdim=True)
     inside = histogram.gather(1, number)[:, 0]
     share = (half - (cumulated.gather(1, number)[:, 0] - inside)) / inside.clamp_min(1)
-    return ((number[:, 0] + share) / ENTROPY_BINS).clamp_min(smallest).float()
+    return ((number[:, 0] + share) / ENTROPY_BINS).clamp_min(SMALLEST_THRESHOLD).float()
 
 
 def rule_out(teacher_logits: torch.Tensor, classes: Sequence[Sequence[int]]) -> torch.Tensor:

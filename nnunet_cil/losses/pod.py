@@ -5,14 +5,13 @@ Source: Douillard et al., "PLOP: Learning without Forgetting for Continual Seman
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 
 from nnunet_cil.losses.distillation import at_least_float32
 
-SCALES = (1, 2, 4)
+SCALES = (1, 2, 4)  # numbers of stretches along an axis
 
 
 def strips(features: torch.Tensor, axis: int, parts: int) -> torch.Tensor:
@@ -37,7 +36,7 @@ def strips(features: torch.Tensor, axis: int, parts: int) -> torch.Tensor:
     return torch.cat([piece.mean(axis + 2, keepdim=True) for piece in features.split(sizes, axis + 2)], axis + 2)
 
 
-def local_pod_embedding(features: torch.Tensor, scales: Sequence[int] = SCALES) -> torch.Tensor:
+def local_pod_embedding(features: torch.Tensor) -> torch.Tensor:
     """All strips along all spatial axes at all scales, as one vector an image (eq. 5 and 6).
 
     Features are squared first and the vector is not normalised, as in the authors' published code with the options of
@@ -45,7 +44,6 @@ def local_pod_embedding(features: torch.Tensor, scales: Sequence[int] = SCALES) 
 
     Args:
         features: (B, D, *S) with two or three spatial axes.
-        scales: numbers of stretches along an axis.
 
     Returns:
         (B, E) in float32 or better.
@@ -53,7 +51,7 @@ def local_pod_embedding(features: torch.Tensor, scales: Sequence[int] = SCALES) 
     squared = at_least_float32(features).square()
     axes = range(features.ndim - 2)
     pooled = [
-        strips(squared, axis, parts).flatten(1) for parts in scales for axis in axes if squared.shape[axis + 2] >= parts
+        strips(squared, axis, parts).flatten(1) for parts in SCALES for axis in axes if squared.shape[axis + 2] >= parts
     ]
     return torch.cat(pooled, 1)
 
