@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_cil import nnunet_api
-from nnunet_cil.convert.nifti import image_target, label_target, load, read_labels, write_case, write_labels
+from nnunet_cil.convert.nifti import (
+    check_whole,
+    image_target,
+    label_target,
+    load,
+    read_labels,
+    write_case,
+    write_labels,
+)
 from nnunet_cil.convert.source import (
     ENDING,
     SEEDED,
@@ -82,6 +90,7 @@ def _description(path: Path) -> dict[str, Any]:
 def write_channels(case: Case, folder: Path, known: Collection[int]) -> Written:
     """Convert a case whose channels are the fourth axis of one NIfTI file; nnU-Net's own function takes it apart."""
     image = load(case.images[0], n_dimensions=4)
+    check_whole(case.images[0], image)
     labels, distance = read_labels(case.labels[0], known, case.images[0], image)
     nnunet_api.split_4d(case.images[0], folder / "imagesTr")
     write_labels(label_target(case, folder), labels, image_target(case, folder))

@@ -6,6 +6,7 @@ import gzip
 import zlib
 from collections.abc import Collection, Sequence
 from itertools import product
+from math import prod
 from pathlib import Path
 
 import nibabel
@@ -21,6 +22,7 @@ from nnunet_cil.nnunet_api import link_or_copy
 UNREADABLE = (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error)
 """What nibabel raises for a file that is truncated or of another format."""
 TOLERANCE_VOXELS = 0.1  # what a header rounded to three decimals costs at the far corner of a large volume
+PIECE_BYTES = 2**20
 WHOLE_NUMBER_TOLERANCE = 1e-3  # of label values that are stored as scaled or floating numbers
 
 
@@ -92,6 +94,22 @@ def load(path: Path, n_dimensions: int = 3) -> nibabel.Nifti1Image:
     if len(image.shape) != n_dimensions:
         raise ValueError(f"{path}: got {len(image.shape)} dimensions {image.shape}, expected {n_dimensions}.")
     return image
+
+
+def check_whole(path: Path, image: nibabel.Nifti1Image) -> None:
+    """Read a file to its end, which nibabel and ITK do not: gzip's checksum stands there.
+
+    Raises:
+        ValueError: its download was cut off, or bytes of it have changed.
+    """
+    expected = image.dataobj.offset + prod(image.shape) * image.get_data_dtype().itemsize
+    try:
+        with gzip.open(path) as file:
+            n_bytes = sum(len(piece) for piece in iter(lambda: file.read(PIECE_BYTES), b""))
+        if n_bytes < expected:
+            raise EOFError(f"{n_bytes} of {expected} bytes")
+    except UNREADABLE as error:
+        raise ValueError(f"{path}: got a damaged file ({error}), expected it whole. Download it again.") from error
 
 
 def check_same_grid(path: Path, image: nibabel.Nifti1Image, reference: Path, grid: nibabel.Nifti1Image) -> float:
@@ -192,10 +210,11 @@ def read_labels(
     """Labels of a file, and how far its corners are off those of the reference image, in mm.
 
     Raises:
-        ValueError: it cannot be read, has another grid, or values that are not known.
+        ValueError: it cannot be read, is damaged, has another grid, or values that are not known.
     """
     image = load(path)
     distance = check_same_grid(path, image, reference, grid)
+    check_whole(path, image)
     try:
         return as_labels(np.asanyarray(image.dataobj), known), distance
     except UNREADABLE as error:
@@ -206,12 +225,14 @@ def place_channels(case: Case, folder: Path) -> tuple[nibabel.Nifti1Image, float
     """Place all channels of a case; returns the first one's source image, and how far a corner moved at most, in mm.
 
     Raises:
-        ValueError: a channel cannot be read, or has another grid than the first.
+        ValueError: a channel cannot be read, is damaged, or has another grid than the first.
     """
     first = load(case.images[0])
     moved = 0.0
     for channel, path in enumerate(case.images):
-        check_same_grid(path, load(path), case.images[0], first)
+        image = load(path)
+        check_same_grid(path, image, case.images[0], first)
+        check_whole(path, image)
         moved = max(moved, place_image(path, image_target(case, folder, channel)))
     return first, moved
 

@@ -110,6 +110,23 @@ def test_all_problems_of_the_cases_come_at_once_and_nothing_is_written(source, n
     assert entries(nnunet_folders) == []
 
 
+def test_damaged_files_are_named(source, nnunet_folders):
+    """An image that is cut off within its voxels, and a label one bit of which has changed: both can be opened."""
+    voxels = np.random.default_rng(0).integers(-1000, 1000, (20, 20, 20), np.int16)
+    image, label = source / "imagesTr" / "word_0002.nii.gz", source / "labelsTr" / "word_0003.nii.gz"
+    for name in (image.name, label.name):
+        write_nifti(source / "imagesTr" / name, voxels)
+        write_nifti(source / "labelsTr" / name, np.zeros((20, 20, 20), np.uint8))
+    image.write_bytes(image.read_bytes()[:-1000])
+    stored = bytearray(gzip.compress(gzip.decompress(label.read_bytes()), 0))
+    stored[-9] ^= 1  # the last voxel; checksum and length stand behind it
+    label.write_bytes(stored)
+    with pytest.raises(ValueError, match="2 of 6 cases cannot be converted; nothing was written") as error:
+        write_dataset(word.find(source), 7)
+    for path in (image, label):
+        assert f"{path}: got a damaged file (" in str(error.value)
+
+
 @pytest.mark.parametrize("name", ["origin", "direction", "flip"])
 def test_a_label_elsewhere_is_refused(source, nnunet_folders, name):
     affine = {
