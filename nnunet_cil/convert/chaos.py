@@ -146,10 +146,13 @@ def _write(
 def _read_mask(
     path: Path, size: tuple[int, int], to_labels: Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
 ) -> NDArray[np.uint8]:
-    with Image.open(path) as image:
-        if image.size != size:
-            raise ValueError(f"{path}: got {image.size} pixels, expected {size} as the slice.")
-        grey = np.array(image.convert("L"))
+    try:
+        with Image.open(path) as image:
+            grey = np.array(image.convert("L"))
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises
+        raise ValueError(f"{path}: got a damaged file ({error}), expected a PNG mask. Download it again.") from error
+    if grey.shape != size[::-1]:
+        raise ValueError(f"{path}: got {grey.shape[::-1]} pixels, expected {size} as the slice.")
     try:
         return to_labels(grey)
     except ValueError as error:

@@ -46,8 +46,7 @@ def read_series(paths: Sequence[Path]) -> tuple[SimpleITK.Image, list[int]]:
 
     Raises:
         ValueError: slices of different size, orientation or pixel spacing, at the same place, at uneven distances, or
-            shifted against each other.
-        RuntimeError: a file that SimpleITK cannot read.
+            shifted against each other; a file that cannot be read.
     """
     if len(paths) < 2:
         raise ValueError(f"got {len(paths)} DICOM slices, expected at least 2.")
@@ -55,7 +54,13 @@ def read_series(paths: Sequence[Path]) -> tuple[SimpleITK.Image, list[int]]:
     for path in paths:
         reader = SimpleITK.ImageFileReader()
         reader.SetFileName(str(path))
-        slices.append(reader.Execute())
+        try:
+            slices.append(reader.Execute())
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise ValueError(
+                f"{path}: got a damaged file ({reason}), expected a DICOM slice. Download it again."
+            ) from error
         if missing := [tag for tag in (POSITION, ORIENTATION) if not reader.HasMetaDataKey(tag)]:
             raise ValueError(f"{path}: got no {missing} in the header, expected position and orientation.")
         positions.append(_numbers(reader.GetMetaData(POSITION)))

@@ -429,6 +429,27 @@ def test_chaos_mask_of_another_size(tmp_path, nnunet_folders):
         write_dataset(chaos.find(root, "t2spir"), 300)
 
 
+@pytest.mark.parametrize("file", ["DICOM_anon/IMG-0004-00002.dcm", "Ground/IMG-0004-00002.png"])
+@pytest.mark.parametrize("share", [0, 0.7])
+def test_chaos_damaged_files_are_named(tmp_path, nnunet_folders, file, share):
+    path = make_chaos(tmp_path, 2) / "MR" / "2" / "T2SPIR" / file
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(ValueError, match="1 of 2 cases cannot be converted") as error:
+        write_dataset(chaos.find(tmp_path / "Train_Sets", "t2spir"), 300)
+    assert str(error.value).splitlines()[1].startswith(f"  chaos_mr_02: {path}: got a damaged file (")
+    assert len(str(error.value).splitlines()) == 2
+
+
+def test_chaos_mask_with_a_changed_byte(tmp_path, nnunet_folders):
+    """Pillow raises a SyntaxError where no chunk begins after the one before."""
+    path = make_chaos(tmp_path, 2) / "MR" / "2" / "T2SPIR" / "Ground" / "IMG-0004-00002.png"
+    content = bytearray(path.read_bytes())
+    content[content.index(b"IDAT") - 1] = 3  # its length
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"IMG-0004-00002\.png: got a damaged file \("):
+        write_dataset(chaos.find(tmp_path / "Train_Sets", "t2spir"), 300)
+
+
 def test_chaos_ct_names_that_do_not_follow_position(tmp_path, nnunet_folders):
     root = make_chaos(tmp_path, 2)
     slices = root / "CT" / "1" / "DICOM_anon"
