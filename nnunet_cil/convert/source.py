@@ -12,6 +12,7 @@ ENDING = ".nii.gz"
 TEST_SHARE = 0.25  # of the subjects of a set that has no split with public labels
 SEEDED = f"ours: {TEST_SHARE:.0%} of the labelled subjects, permuted with seed 0, as the set has no public test labels"
 SHOWN = 5  # names in a message
+OF_MACOS = "__MACOSX"
 
 
 @dataclass(frozen=True)
@@ -89,20 +90,22 @@ def root_of(source: Path, marker: str, expected: str) -> Path:
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it does not hold the marker; the message names a folder below that does.
+        ValueError: it does not hold the marker; the message names a folder below or above that does.
     """
     if not source.is_dir():
         raise FileNotFoundError(f"{source}: got no folder, expected {expected}.")
     if (source / marker).exists():
         return source
     below = [*sorted(source.glob(f"*/{marker}")), *sorted(source.glob(f"*/*/{marker}"))]
-    hint = f" Give {str(below[0]).removesuffix(marker)} instead." if below else ""
+    near = [path.parent for path in below if OF_MACOS not in path.parts]
+    near += [folder for folder in source.resolve().parents[:2] if (folder / marker).exists()]
+    hint = f" Give {near[0]}/ instead." if near else ""
     raise ValueError(f"{source}: got {shown(visible(source))} in it, expected {expected}.{hint}")
 
 
 def visible(folder: Path) -> list[str]:
-    """Names in a folder, sorted, without hidden ones such as the ``._*`` files that macOS leaves in archives."""
-    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    """Names in a folder, sorted, without hidden ones and what macOS leaves in archives: ``._*`` and ``__MACOSX``."""
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith((".", OF_MACOS)))
 
 
 def shown(names: Sequence[str]) -> str:

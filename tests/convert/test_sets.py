@@ -157,6 +157,24 @@ def test_a_folder_above_is_refused_with_the_right_one(tmp_path, name):
         find(name, tmp_path / "none", options)
 
 
+@pytest.mark.parametrize(("name", "inside"), [("btcv", "Training/img"), ("totalsegmentator", "s0000"), ("chaos", "CT")])
+def test_a_folder_inside_is_refused_with_the_right_one(tmp_path, name, inside):
+    source = MAKERS[name](tmp_path)
+    with pytest.raises(ValueError, match="expected ") as error:
+        find(name, source / inside, {**dict(CHOICES)[name], **({"modality": "t2spir"} if name == "chaos" else {})})
+    assert f"Give {source}/ instead." in str(error.value)
+
+
+def test_what_macos_leaves_in_archives_is_not_seen(tmp_path):
+    source = make_totalsegmentator(tmp_path / "download" / "a")
+    shutil.copytree(source, tmp_path / "download" / "__MACOSX" / source.name)
+    with pytest.raises(ValueError, match="expected ") as error:
+        totalsegmentator.find(tmp_path / "download", TOTAL_ORGANS)
+    assert f"Give {source}/ instead." in str(error.value)
+    (source / "__MACOSX").mkdir()
+    assert len(totalsegmentator.find(source, TOTAL_ORGANS).cases) == 4
+
+
 @pytest.mark.parametrize("module", [amos, chaos])
 def test_unknown_modality(tmp_path, module):
     with pytest.raises(ValueError, match="--modality: got 'pet', expected one of"):
