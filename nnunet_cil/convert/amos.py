@@ -20,6 +20,7 @@ from nnunet_cil.convert.source import (
 
 MODALITIES = ("ct", "mr")
 LAST_CT = 500  # the set's readme: numbers below 500 are CT; nnU-Net's Dataset218_Amos2022_task1.py: up to 500
+SIZES = {"ct": {"imagesTr": 200, "imagesVa": 100}, "mr": {"imagesTr": 40, "imagesVa": 20}}  # as in its readme
 # Numbers 1 to 15 as in the set's dataset.json, where aorta and inferior vena cava are spelt "arota" and "postcava".
 ORGANS = (
     "spleen",
@@ -81,6 +82,7 @@ def find(source: Path, modality: str) -> PublicSet:
         reference="Ji et al.: AMOS: A large-scale abdominal multi-organ benchmark for versatile medical image "
         "segmentation. NeurIPS Datasets and Benchmarks, 2022",
         write=write_case,
+        sizes=SIZES[modality],
     )
 
 

@@ -76,6 +76,7 @@ def find(source: Path, modality: str) -> PublicSet:
         reference="Kavur et al.: CHAOS challenge: combined (CT-MR) healthy abdominal organ segmentation. Medical Image "
         "Analysis 69, 101950, 2021. Data: doi.org/10.5281/zenodo.3431873",
         write=write_ct if modality == "ct" else write_mr,
+        sizes={branch: 20},
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +63,7 @@ class PublicSet:
         reference: what to cite.
         write: writes one case into a folder with ``imagesTr`` and ``labelsTr``, given the known labels; importable by a
             worker process. Raises ValueError, OSError or RuntimeError where it cannot.
+        sizes: labelled subjects of each part as published, where nothing in the set lists them.
     """
 
     name: str
@@ -74,6 +75,7 @@ class PublicSet:
     terms: str
     reference: str
     write: Callable[[Case, Path, Collection[int]], Written]
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 def numbered(names: Sequence[str]) -> dict[str, int]:

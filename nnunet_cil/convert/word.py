@@ -64,4 +64,5 @@ def find(source: Path) -> PublicSet:
         reference="Luo et al.: WORD: A large scale dataset, benchmark and clinical applicable study for abdominal "
         "organ segmentation from CT image. Medical Image Analysis 82, 102642, 2022",
         write=write_case,
+        sizes={"imagesTr": 100, "imagesVal": 20, "imagesTs": 30},
     )

@@ -6,6 +6,7 @@ import glob
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,7 @@ def write_dataset(found: PublicSet, dataset_id: int, name: str | None = None) ->
     """
     folder = _target(dataset_id, name or found.name)
     _check_names(found)
+    _warn_of_missing(found)
     with whole_folder(folder) as partial:
         for part in ("imagesTr", "labelsTr"):
             (partial / part).mkdir()
@@ -92,6 +94,21 @@ def _check_names(found: PublicSet) -> None:
         raise ValueError(f"{found.name}: got the subject {bad[0]!r}, expected {EXPECTED_NAME}.")
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{found.name}: got the subjects {shown(twice)} twice, expected each once.")
+
+
+def _warn_of_missing(found: PublicSet) -> None:
+    """Say where a part has fewer subjects than published: an archive may be unpacked in part."""
+    numbers = Counter(case.part for case in found.cases)
+    for part, size in found.sizes.items():
+        if numbers[part] < size:
+            logger.warning(
+                "%s: got %d labelled subjects in %s, expected %d as published. Unless some are left out on purpose, "
+                "unpack the archive again.",
+                found.name,
+                numbers[part],
+                part,
+                size,
+            )
 
 
 def _bytes_of(path: Path) -> int:

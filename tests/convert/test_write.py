@@ -28,6 +28,20 @@ def test_name_and_number(source, nnunet_folders):
     assert entries(nnunet_folders) == ["Dataset007_my-WORD_1"]
 
 
+def test_fewer_subjects_than_published_are_told_before_any_is_read(source, nnunet_folders, caplog):
+    found = word.find(source)
+
+    def unread(case, folder, known):
+        assert "WORD: got 3 labelled subjects in imagesTr, expected 100 as published." in caplog.text
+        return found.write(case, folder, known)
+
+    write_dataset(replace(found, write=unread), 7)
+    assert "got 1 labelled subjects in imagesTs, expected 30" in caplog.text
+    caplog.clear()
+    write_dataset(replace(found, sizes={"imagesTr": 3, "imagesVal": 2, "imagesTs": 1}), 8)
+    assert not caplog.text
+
+
 def test_images_are_links(source, nnunet_folders):
     folder = write_dataset(word.find(source), 7).folder
     copy = folder / "imagesTr" / "word_0002_0000.nii.gz"
