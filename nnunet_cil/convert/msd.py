@@ -69,8 +69,8 @@ def find(source: Path) -> PublicSet:
 
 
 def _description(path: Path) -> dict[str, Any]:
+    content = read_json(path, "the dataset.json of a Decathlon task: download it again")
     try:
-        content = read_json(path, "the dataset.json of a Decathlon task")
         channels, labels = content["modality"], content["labels"]
         readable = {str(n) for n in range(len(channels))} == {*channels.keys()}
         readable = readable and all(value in map(str, range(256)) for value, _ in labels.items())
@@ -78,7 +78,8 @@ def _description(path: Path) -> dict[str, Any]:
         if outside := [file for file in files if not is_inside(file)]:
             raise ValueError(f"the file {outside[0]!r}, which is not in the task's folder")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: got {error!r}, expected the dataset.json of a Decathlon task.") from error
+        what = f"no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path}: got {what}, expected the dataset.json of a Decathlon task.") from error
     if not readable or not content["training"]:
         raise ValueError(
             f"{path}: got no modality and labels by number with image and label of each training case, expected the "

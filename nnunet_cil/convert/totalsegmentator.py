@@ -44,6 +44,8 @@ def find(source: Path, organs: Sequence[str]) -> PublicSet:
     root = root_of(source, "meta.csv", "meta.csv and a folder a subject, such as s0000")
     problems: list[str] = []
     parts = _parts(root / "meta.csv", problems)
+    if not parts:
+        check_layout(root, "TotalSegmentator", problems)
     folders = [name for name in visible(root) if (root / name).is_dir()]
     if missing := sorted(set(parts) - set(folders)):
         problems.append(f"{root}: got no folder {shown(missing)}, expected one for each subject of meta.csv.")

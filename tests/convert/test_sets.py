@@ -334,6 +334,14 @@ def test_totalsegmentator_odd_meta_csv(tmp_path, text, named):
     assert named in str(error.value)
 
 
+def test_totalsegmentator_says_of_another_meta_csv_nothing_else(tmp_path):
+    root = make_totalsegmentator(tmp_path)
+    (root / "meta.csv").write_text((root / "meta.csv").read_text(encoding="utf-8-sig").replace(";", ","))
+    with pytest.raises(ValueError, match="got columns") as error:
+        totalsegmentator.find(root, ["liver"])
+    assert len(str(error.value).splitlines()) == 2
+
+
 # Medical Segmentation Decathlon
 
 
@@ -376,6 +384,19 @@ def test_msd_with_another_dataset_json(tmp_path, text):
     (source / "dataset.json").write_text(text)
     with pytest.raises(ValueError, match=r"expected the dataset\.json of a Decathlon task"):
         msd.find(source)
+
+
+@pytest.mark.parametrize(
+    ("text", "got"),
+    [('{"modality": ', "got no JSON that can be read ("), ('{"channel_names": {"0": "CT"}}', "got no 'modality', ")],
+)
+def test_msd_says_once_what_is_wrong_with_dataset_json(tmp_path, text, got):
+    path = make_msd(tmp_path) / "dataset.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="Decathlon") as error:
+        msd.find(path.parent)
+    assert str(error.value).startswith(f"{path}: {got}")
+    assert str(error.value).count("Decathlon") == 1
 
 
 def test_msd_with_missing_files(tmp_path):
