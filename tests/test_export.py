@@ -181,9 +181,11 @@ def test_a_card_that_is_none_is_refused(tmp_path, capsys, content, message):
 
 def test_export_on_the_command_line(chain, tmp_path, capsys):
     schedule = str(chain.schedule.file)
-    assert main(["export", schedule, str(tmp_path / "first"), "--step", "1"]) == 0
-    assert "-d Dataset500_tiny_step1 -c 3d_fullres -p nnUNetPlans -f all" in capsys.readouterr().out
-    assert read_card(tmp_path / "first.zip")["steps"] == [{"classes": ["ball"], "training_subjects": 5}]
+    assert main(["export", schedule, str(tmp_path / "of step 1"), "--step", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "-d Dataset500_tiny_step1 -c 3d_fullres -p nnUNetPlans -f all" in shown
+    assert "nnUNetv2_install_pretrained_model_from_zip 'of step 1.zip'\n" in shown
+    assert read_card(tmp_path / "of step 1.zip")["steps"] == [{"classes": ["ball"], "training_subjects": 5}]
     assert main(["export", schedule, str(tmp_path / "none"), "--step", "3"]) == 1
     assert "--step: got '3', expected a number from 1 to 2" in capsys.readouterr().err
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 from nnunet_cil.cli.common import schedule_of
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     (model,) = (args.target / chain.dataset_name(step)).iterdir()
     if (trainer := model.name.split("__")[0]) != STOCK_TRAINER:
         options += f" -tr {trainer}"
-    print(f"To predict with it:\n  nnUNetv2_install_pretrained_model_from_zip {archive.name}")
+    print(f"To predict with it:\n  nnUNetv2_install_pretrained_model_from_zip {shlex.quote(archive.name)}")
     print(f"  nnUNetv2_predict -i IMAGES -o SEGMENTATIONS {options}")
     return 0
 
