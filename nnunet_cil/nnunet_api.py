@@ -566,6 +566,7 @@ def read_to_the_end(path: Path) -> None:
 
     Raises:
         EOFError: it is truncated.
+        OSError, zlib.error: bytes of it have changed.
     """
     if path.suffix == ".gz":
         with gzip.open(path) as file:

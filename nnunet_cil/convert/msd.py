@@ -91,7 +91,7 @@ def _description(path: Path) -> dict[str, Any]:
 def write_channels(case: Case, folder: Path, known: Collection[int]) -> Written:
     """Convert a case whose channels are the fourth axis of one NIfTI file; nnU-Net's own function takes it apart."""
     image = load(case.images[0], n_dimensions=4)
-    check_whole(case.images[0], image)
+    check_whole(case.images[0])
     labels, distance = read_labels(case.labels[0], known, case.images[0], image)
     nnunet_api.split_4d(case.images[0], folder / "imagesTr")
     write_labels(label_target(case, folder), labels, image_target(case, folder))

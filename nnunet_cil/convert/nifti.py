@@ -6,7 +6,6 @@ import gzip
 import zlib
 from collections.abc import Collection, Sequence
 from itertools import product
-from math import prod
 from pathlib import Path
 
 import nibabel
@@ -17,12 +16,11 @@ from nibabel.spatialimages import HeaderDataError
 from numpy.typing import ArrayLike, NDArray
 
 from nnunet_cil.convert.source import ENDING, SHOWN, Case, Written
-from nnunet_cil.nnunet_api import link_or_copy
+from nnunet_cil.nnunet_api import link_or_copy, read_to_the_end
 
 UNREADABLE = (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error)
 """What nibabel raises for a file that is truncated or of another format."""
 TOLERANCE_VOXELS = 0.1  # what a header rounded to three decimals costs at the far corner of a large volume
-PIECE_BYTES = 2**20
 WHOLE_NUMBER_TOLERANCE = 1e-3  # of label values that are stored as scaled or floating numbers
 
 
@@ -96,18 +94,14 @@ def load(path: Path, n_dimensions: int = 3) -> nibabel.Nifti1Image:
     return image
 
 
-def check_whole(path: Path, image: nibabel.Nifti1Image) -> None:
+def check_whole(path: Path) -> None:
     """Read a file to its end, which nibabel and ITK do not: gzip's checksum stands there.
 
     Raises:
         ValueError: its download was cut off, or bytes of it have changed.
     """
-    expected = image.dataobj.offset + prod(image.shape) * image.get_data_dtype().itemsize
     try:
-        with gzip.open(path) as file:
-            n_bytes = sum(len(piece) for piece in iter(lambda: file.read(PIECE_BYTES), b""))
-        if n_bytes < expected:
-            raise EOFError(f"{n_bytes} of {expected} bytes")
+        read_to_the_end(path)
     except UNREADABLE as error:
         raise ValueError(f"{path}: got a damaged file ({error}), expected it whole. Download it again.") from error
 
@@ -214,7 +208,7 @@ def read_labels(
     """
     image = load(path)
     distance = check_same_grid(path, image, reference, grid)
-    check_whole(path, image)
+    check_whole(path)
     try:
         return as_labels(np.asanyarray(image.dataobj), known), distance
     except UNREADABLE as error:
@@ -230,9 +224,8 @@ def place_channels(case: Case, folder: Path) -> tuple[nibabel.Nifti1Image, float
     first = load(case.images[0])
     moved = 0.0
     for channel, path in enumerate(case.images):
-        image = load(path)
-        check_same_grid(path, image, case.images[0], first)
-        check_whole(path, image)
+        check_same_grid(path, load(path), case.images[0], first)
+        check_whole(path)
         moved = max(moved, place_image(path, image_target(case, folder, channel)))
     return first, moved
 
