@@ -82,7 +82,7 @@ table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabu
 caption { text-align: left; font-weight: 600; padding: .3rem 0; color: var(--text); }
 th, td { padding: .38rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 thead th { vertical-align: bottom; border-bottom-width: 2px; font-weight: 600; white-space: normal; }
-tbody th, thead th:first-child { text-align: left; font-weight: 600; position: sticky; left: 0; }
+tbody th, thead th:first-child { text-align: left; font-weight: 600; position: sticky; left: 0; white-space: normal; }
 tbody th, thead th { background: var(--card); }
 tbody tr:nth-child(even) > * { background: var(--zebra); }
 table.text td, table.text th { text-align: left; }

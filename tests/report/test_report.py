@@ -465,6 +465,8 @@ def test_in_a_browser(whole):
             ground = page.value("getComputedStyle(document.body).backgroundColor")
             light = sum(map(int, re.findall(r"\d+", ground))) > 382
             assert light is not dark
+        stays = "[...document.querySelectorAll('tbody th')].filter(e => getComputedStyle(e).position == 'sticky')"
+        assert page.value(f"{stays}.every(e => e.offsetWidth < e.closest('.scroll').clientWidth / 2)")
         page.value("document.querySelector('.order .name').append('_with_a_long_name'.repeat(5))")
         assert page.value("document.documentElement.scrollWidth") == 390
         assert page.messages == []
