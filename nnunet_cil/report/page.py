@@ -281,14 +281,17 @@ def _article(row: Row, step: int, beside: str, content: str, found: Collected) -
 
 
 def _organ_table(by_method: Mapping[str, Sequence[Outcome]], joint: Row | None, found: Collected) -> str:
-    """What became of each organ under each method, where cards would be too long."""
-    header = ["organ", *(method_name(method, found.methods) for method in by_method)]
-    lines = []
-    for c, name in enumerate(found.classes):
-        cells = [f"{chip(what[c].status)}<br><small>{_numbers_of(what[c])}</small>" for what in by_method.values()]
-        lines.append([organ(name, found.classes), *cells, *([_hundred(joint.dice[-1, c])] if joint else [])])
-    header += [method_name(JOINT, found.methods)] if joint else []
-    return table("What became of each organ", header, lines)
+    """What became of each organ under each method, where cards would be too long: the fewer of both are columns."""
+    lines = [["method", *(organ(name, found.classes) for name in found.classes)]]
+    for method, what in by_method.items():
+        cells = (f"{chip(o.status)}<br><small>{_numbers_of(o)}</small>" for o in what)
+        lines.append([method_name(method, found.methods), *cells])
+    if joint:
+        lines.append([method_name(JOINT, found.methods), *map(_hundred, joint.dice[-1].tolist())])
+    if len(lines) <= len(found.classes):
+        lines[0][0] = "organ"
+        lines = [list(cells) for cells in zip(*lines, strict=True)]
+    return table("What became of each organ", lines[0], lines[1:])
 
 
 def _words_on(method: str, found: Collected) -> str:

@@ -218,6 +218,23 @@ def test_a_method_that_has_not_come_as_far_does_not_keep_others_from_being_the_b
     assert "Bold: best of the methods that learn step by step. " in page.text
 
 
+MANY_ORGANS = ("a", "b", "c", "d", "e", "f")
+
+
+@pytest.mark.parametrize("organs", [MANY_ORGANS[:3], MANY_ORGANS])
+def test_what_became_of_each_organ_has_the_fewer_as_columns(nnunet_folders, tmp_path, organs):
+    chain = open_chain(tmp_path, [organs[:1], organs[1:]])
+    variants = [chain.variant(method, 0) for method in ("pgcd", "pseudo", "mib", "plop", "lwf")]
+    for variant in variants:
+        write_scores(chain, variant, 2, {"case": dict.fromkeys(organs, 0.7)})
+    rows = Page(write_report(chain, variants)).rows("What became of each organ")
+    if len(organs) > len(variants):
+        assert [line[0] for line in rows] == list(organs)
+    else:
+        assert [line[0] for line in rows] == [variant.method for variant in variants]
+    assert rows[-1][-1] == "+ learned70.0"
+
+
 def test_a_distance_to_joint_names_the_seeds_that_it_is_of(chain):
     dice = {"pgcd": {0: 0.72, 1: 0.6, 2: 0.6}, "joint": {0: 0.767}}
     page = Page(write_report(chain, _scored(chain, dice)))
