@@ -5,13 +5,13 @@ STYLE = """
   color-scheme: light dark;
   --page: #f6f7f9; --card: #ffffff; --text: #1b1f24; --quiet: #57606a; --line: #d8dee4; --link: #0a58a8;
   --good: #0b5d43; --good-back: #dcf3ea; --warn: #7a4b00; --warn-back: #fdf0d2; --bad: #9b2c0d; --bad-back: #fde4dc;
-  --none-back: #e9ecef; --focus: #0a58a8; --zebra: #f6f7f9;
+  --none-back: #e9ecef; --focus: #0a58a8; --zebra: #f6f7f9; --lighter: 0%;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #14171b; --card: #1d2126; --text: #e6e9ec; --quiet: #a3acb5; --line: #363c44; --link: #7dbcff;
     --good: #8fe3c2; --good-back: #123d2f; --warn: #f6cf85; --warn-back: #46330c; --bad: #ffb39b; --bad-back: #54210f;
-    --none-back: #2d333a; --focus: #7dbcff; --zebra: #22272d;
+    --none-back: #2d333a; --focus: #7dbcff; --zebra: #22272d; --lighter: 40%;
   }
 }
 * { box-sizing: border-box; }
@@ -48,6 +48,7 @@ section {
 }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); gap: 1rem; }
 .card { border: 1px solid var(--line); border-top: 4px solid var(--accent); border-radius: 8px; padding: .8rem 1rem; }
+.card { border-top-color: color-mix(in srgb, white var(--lighter), var(--accent)); }
 .card h3 { margin: 0 0 .2rem; }
 .card p { margin: 0 0 .5rem; }
 .card ul { list-style: none; margin: .3rem 0 0; padding: 0; }
