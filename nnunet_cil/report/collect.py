@@ -31,7 +31,7 @@ from nnunet_cil.evaluate import (
 from nnunet_cil.guard import GUARD_FILE, Check, checks_of, place_of
 from nnunet_cil.prototypes import PrototypeStore
 from nnunet_cil.report.by_test_set import TestSetScores, by_test_set
-from nnunet_cil.report.table import Row
+from nnunet_cil.report.table import Row, marked
 from nnunet_cil.schedule import Guard
 from nnunet_cil.step_files import COST_FILE, PROTOTYPE_FILE
 from nnunet_cil.untrusted import read_json
@@ -329,7 +329,8 @@ def _channels(chain: Chain, runs: Sequence[Run], problems: list[str]) -> dict[st
 
 
 def _model(chain: Chain, owner: Variant, step: int | str, fold: int | str, problems: list[str]) -> Model:
-    title = f"{owner.method}, seed {owner.seed}, {'all organs' if step == JOINT else f'step {step}'}, fold {fold}"
+    of_step = "all organs" if step == JOINT else f"step {step}"
+    title = f"{marked(owner.method)}, seed {owner.seed}, {of_step}, fold {fold}"
     folder = chain.model_folder(owner, step) / f"fold_{fold}"
     path = evaluation_file(chain, owner, step, fold)
     evaluation = _read_json(path, f"the scores of {title}", problems, check_scores)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from nnunet_cil.chain import JOINT
+from nnunet_cil.evaluate import evaluation_file
 from nnunet_cil.report.collect import collect, last_scores, read_terms
 from nnunet_cil.step_files import write_json
 from tests.report.chain_files import open_chain, write_chain, write_log, write_scores
@@ -97,6 +98,15 @@ def test_damaged_files_are_told_and_left_out(chain):
     assert found.models[1].machine == {"precision": "bfloat16, 2 threads"}
     assert len(found.problems) == 2
     assert not any(str(chain.folder.parent) in problem for problem in found.problems)
+
+
+def test_a_damaged_file_of_a_method_that_keeps_scans_says_so(chain):
+    variant = chain.variant("replay", 0)
+    damaged = evaluation_file(chain, variant, 2, "all")
+    damaged.parent.mkdir(parents=True)
+    damaged.write_text("{")
+    what = "the scores of replay (not privacy-safe), seed 0, step 2, fold all"
+    assert collect(chain, [variant]).problems == (f"The file with {what} could not be read and is left out.",)
 
 
 def test_coefficients_that_a_method_has_of_its_own(chain):
