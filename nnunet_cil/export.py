@@ -158,7 +158,7 @@ def _scores(chain: Chain, variant: Variant, step: int | str, folds: Sequence[int
             continue
         row = (chain.n_steps if step == JOINT else int(step)) - 1
         values = score_matrix(chain, variant, fold)[row]
-        dice = {name: round(float(v), 4) for name, v in zip(chain.schedule.classes, values, strict=True) if v == v}
+        dice = {name: round(float(v), 6) for name, v in zip(chain.schedule.classes, values, strict=True) if v == v}
         if not dice:  # scored on another test set or at another tolerance than now
             continue
         scored[f"fold_{fold}"] = {

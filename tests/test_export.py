@@ -21,6 +21,7 @@ from nnunet_cil.checkpoint import read_checkpoint
 from nnunet_cil.cli.main import main
 from nnunet_cil.environment import trainer_path_variable
 from nnunet_cil.export import CARD_FILE, card_text, export_model, read_card
+from nnunet_cil.report.table import hundredths
 from nnunet_cil.step_files import CHECKPOINT, write_json
 from tests import shell
 from tests.test_trainer import fold_of, make_chain, module_patch, train  # noqa: F401  (a fixture)
@@ -198,6 +199,16 @@ def test_an_export_that_fails_leaves_nothing_behind(chain, tmp_path, monkeypatch
     with pytest.raises(OSError, match="No space left"):
         export_model(chain, chain.variant("pgcd", 0), 2, ["all"], tmp_path / "new" / "out", None)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_card_rounds_a_score_as_the_table_does(chain, tmp_path):
+    from nnunet_cil.evaluate import evaluation_file, scored_as
+
+    variant = chain.variant("pgcd", 0)
+    scores = {"x": {"ball": {"dice": 0.419548, "nsd": 0.1, "hd95_mm": 3.0}}}
+    write_json(evaluation_file(chain, variant, 1, "all"), {"scores": scores, **scored_as(chain)})
+    card = read_card(export_model(chain, variant, 1, ["all"], tmp_path / "scored", None))
+    assert f"ball {hundredths(0.419548)}" in card_text(card)
 
 
 def test_scores_are_on_the_card(chain, tmp_path):
