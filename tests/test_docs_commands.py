@@ -37,7 +37,7 @@ ONLY_PARSED = {  # by the first line of the block
     "nnunet-cil compare examples/hippocampus.yaml --methods pgcd finetune --seeds 0 1 2": "takes an hour",
     "nnunet-cil compare examples/chaos_2-2.yaml --seeds 0 1 2 \\": "needs a public set, takes hours",
     "nnunet-cil compare examples/hippocampus_long.yaml --methods pgcd pseudo_kd joint": "takes an hour",
-    "nnunet-cil compare examples/chaos_2-2_long.yaml --methods pgcd pseudo_kd joint --seeds 0 1 2": "needs a public set, takes hours",
+    "nnunet-cil compare examples/chaos_2-2_long.yaml --methods pgcd pseudo_kd joint --seeds 0 1 2": "takes hours",
     "nnunet-cil compare examples/hippocampus_methods.yaml \\": "needs a public set, takes hours",
     "nnunet-cil compare examples/chaos_1-1-1-1.yaml --methods pgcd pseudo_kd pseudo joint --seeds 0 1 2": "takes days",
     "nnunet-cil compare examples/openkbp_3-2-2.yaml --methods pgcd pseudo_kd pseudo joint --seeds 0 1 2": "takes a day",
